@@ -1,0 +1,161 @@
+"""Make a model by name: the reference model with the weights and data configuration that belong to it."""
+
+import fnmatch
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .checkpoints import adapt_first_convolution, load_checkpoint, load_state, read_checkpoint
+from .reference import FeatureListNet, SwinTransformerV2Cr
+from .variants import VARIANTS, data_config
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
+    """Names for create_model, sorted.
+
+    Args:
+        filter: A wildcard pattern, such as "*tiny*".
+        pretrained: Only those with published weights, with their tag.
+    """
+    names = [
+        f"{name}.{tag}" if pretrained else name
+        for name, (_, _, tag) in VARIANTS.items()
+        if not pretrained or tag != "untrained"
+    ]
+    return sorted(name for name in names if fnmatch.fnmatch(name, filter or "*"))
+
+
+def create_model(
+    name: str, pretrained: bool = False, checkpoint_path: str | Path = "", **overrides: Any
+) -> SwinTransformerV2Cr | FeatureListNet:
+    """A Swin Transformer V2 CR model of plain PyTorch, in training mode as timm's are: call .eval() on it.
+
+    Args:
+        name: One of list_models(), with or without a tag ("swinv2_cr_tiny_ns_224.sw_in1k"), or a folder that holds a
+            config.json and a model.safetensors, whose weights are then loaded, pretrained or not.
+        pretrained: Download the published weights from the Hugging Face hub (extra "hub"). A classifier of another
+            num_classes starts untrained, and the first convolution is adapted to other in_chans.
+        checkpoint_path: Load this file; with num_classes=0 or features_only its classifier is left out.
+        **overrides: Arguments of SwinTransformerV2Cr, and features_only=True with out_indices for a model that returns
+            a list of feature maps [B, C, H, W].
+
+    Returns:
+        The model; its ``pretrained_cfg`` is the data configuration.
+
+    Raises:
+        ValueError: An unknown name or tag.
+        TypeError: An unknown override.
+        CheckpointError: The weights can't be read or don't fit.
+        RuntimeError: There are no published weights, or they can't be downloaded.
+    """
+    folder = Path(name)
+    if (folder / CONFIG_FILE).is_file():
+        architecture, arguments, config = _read_folder(folder)
+        pretrained, checkpoint_path = False, checkpoint_path or folder / WEIGHTS_FILE
+    else:
+        architecture, config = _look_up(name)
+        arguments = {}
+    arguments = VARIANTS[architecture][0] | {"img_size": config["input_size"][1:]} | arguments | overrides
+    features_only = arguments.pop("features_only", False)
+    out_indices = arguments.pop("out_indices", None)
+    if out_indices is not None and not features_only:
+        raise TypeError("out_indices needs features_only=True")
+    if pretrained and checkpoint_path:
+        raise ValueError(f"pretrained=True and checkpoint_path={str(checkpoint_path)!r} are two sources of weights")
+
+    model = SwinTransformerV2Cr(**arguments)
+    keep_classifier = model.num_classes > 0 and not features_only
+    if pretrained:
+        _load_pretrained(model, config)
+    elif checkpoint_path:
+        if not keep_classifier:
+            model.head.fc = nn.Identity()  # nothing of the file's classifier is wanted, so nothing of it must fit
+        load_checkpoint(model, checkpoint_path, with_classifier=keep_classifier)
+    if features_only:
+        model = FeatureListNet(model, len(model.stages) if out_indices is None else out_indices)
+    model.pretrained_cfg = model.default_cfg = config
+    return model
+
+
+def _look_up(name: str) -> tuple[str, dict[str, Any]]:
+    architecture, _, tag = name.partition(".")
+    if architecture not in VARIANTS:
+        known = ", ".join(VARIANTS)
+        raise ValueError(f"unknown model {name!r}: name one of {known}, or a folder with a {CONFIG_FILE}")
+    config = data_config(architecture)
+    if tag not in ("", config["tag"]):
+        raise ValueError(f"unknown tag {tag!r}: {architecture} has {config['tag']!r}")
+    return architecture, config
+
+
+def _read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Architecture, arguments and data configuration of a model folder, laid out as timm saves one for the hub."""
+    file = folder / CONFIG_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    architecture = content.get("architecture") if isinstance(content, dict) else None
+    if not isinstance(architecture, str) or architecture not in VARIANTS:
+        raise ValueError(f"{file} has architecture {architecture!r}, expected one of {', '.join(VARIANTS)}")
+    pretrained_cfg, model_args = content.get("pretrained_cfg", {}), content.get("model_args", {})
+    for key, value in (("pretrained_cfg", pretrained_cfg), ("model_args", model_args)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{file} has {key} {value!r}, expected an object")
+    unknown = model_args.keys() - inspect.signature(SwinTransformerV2Cr).parameters.keys()
+    if unknown:
+        raise ValueError(f"{file} has unknown model_args: {', '.join(sorted(unknown))}")
+    config = data_config(architecture) | {"tag": None, "hf_hub_id": None} | pretrained_cfg
+    for key in ("input_size", "mean", "std"):
+        if not isinstance(config[key], Sequence):
+            raise ValueError(f"{file} has {key} {config[key]!r}, expected a list")
+        config[key] = tuple(config[key])
+    for key in ("num_classes", "label_names"):
+        if key in content:
+            config[key] = content[key]
+    arguments = {"num_classes": config["num_classes"], "in_chans": config["input_size"][0]}
+    if "global_pool" in config:
+        arguments["global_pool"] = config["global_pool"]
+    return architecture, arguments | model_args, config
+
+
+def _load_pretrained(model: SwinTransformerV2Cr, config: dict[str, Any]) -> None:
+    """Load the published weights, fitted to another number of classes or channels where the model has one."""
+    path = _download(config)
+    state = read_checkpoint(path)
+    fresh = model.state_dict()
+    if model.num_classes != config["num_classes"]:
+        state = {key: value for key, value in state.items() if not key.startswith("head.fc.")}
+        state |= {key: value for key, value in fresh.items() if key.startswith("head.fc.")}
+    first = config["first_conv"] + ".weight"
+    if first in state:
+        state[first] = adapt_first_convolution(state[first], model.in_chans)
+    load_state(model, state, str(path))
+
+
+def _download(config: dict[str, Any]) -> Path:
+    name = f"{config['architecture']}.{config['tag']}"
+    if not config["hf_hub_id"]:
+        raise RuntimeError(f"no pretrained weights are published for {config['architecture']}: use checkpoint_path")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise RuntimeError(
+            f"pretrained=True needs huggingface_hub to download {name}: pip install 'swinfast[hub]', "
+            "or download the weights elsewhere and name the file as checkpoint_path (--checkpoint on the command line)"
+        ) from error
+    try:
+        return Path(huggingface_hub.hf_hub_download(config["hf_hub_id"], WEIGHTS_FILE))
+    except Exception as error:  # the hub's client raises its own types, those of its HTTP library, and OSError
+        raise RuntimeError(
+            f"the weights of {name} can't be downloaded from the Hugging Face hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no details'}): download them where there is a network "
+            "and name the file as checkpoint_path (--checkpoint on the command line)"
+        ) from error
