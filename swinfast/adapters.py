@@ -1,0 +1,175 @@
+"""Which modules can be replaced: the table of model families, and how each is read into a spec.
+
+A family is matched by structure and by the names of its types, so that the library it comes from need not be
+installed. An adapter answers two questions of a module: what does a backend need to know of it (a spec), and why must
+it stay as it is (a reason, or None). Anything inside a module that swinfast does not know is such a reason.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .specs import BlockSpec, MergeSpec, PatchEmbedSpec, StageSpec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+class Adapter(NamedTuple):
+    """How one kind of module of one family is read."""
+
+    kind: str  # "patch embedding" or "stage"
+    type_name: str
+    read: Callable[[nn.Module], PatchEmbedSpec | StageSpec]
+    check: Callable[[nn.Module], Iterator[str]]  # every reason to leave the module as it is
+
+
+def adapter_of(cls: type) -> Adapter | None:
+    """The adapter for a class of modules by its name, None for one that swinfast does not know.
+
+    Many libraries have a PatchEmbed: it is ours only where its own file defines our kind of stage too.
+    """
+    adapter = ADAPTERS.get(cls.__name__)
+    if adapter is None or not hasattr(sys.modules.get(cls.__module__), "SwinTransformerV2CrStage"):
+        return None
+    return adapter
+
+
+def why_not(adapter: Adapter, module: nn.Module) -> str | None:
+    """The first reason why a module must stay as it is, None where it can be replaced faithfully."""
+    try:
+        return next(adapter.check(module), None)
+    except AttributeError as error:  # the type's name is known, its insides are not
+        return f"its structure is not that of a {adapter.type_name}: {error}"
+
+
+def _read_patch_embed(module: nn.Module) -> PatchEmbedSpec:
+    norm = module.norm if isinstance(module.norm, nn.LayerNorm) else None
+    return PatchEmbedSpec(module.proj, norm, tuple(module.img_size) if module.strict_img_size else None)
+
+
+def _check_patch_embed(module: nn.Module) -> Iterator[str]:
+    yield from _check_children(module, "", {"proj": nn.Conv2d, "norm": (nn.LayerNorm, nn.Identity)})
+    proj = module.proj
+    plain = {"stride": proj.kernel_size, "padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+    for option, expected in plain.items():
+        if getattr(proj, option) != expected:
+            yield f"proj has {option} {getattr(proj, option)}, expected {expected}"
+    yield from _check_insides(module)
+
+
+def _read_stage(module: nn.Module) -> StageSpec:
+    merge = None
+    if not isinstance(module.downsample, nn.Identity):
+        merge = MergeSpec(module.downsample.norm, module.downsample.reduction)
+    return StageSpec(merge, tuple(_read_block(block) for block in module.blocks))
+
+
+def _read_block(block: nn.Module) -> BlockSpec:
+    attn, mlp = block.attn, block.mlp
+    return BlockSpec(
+        window=tuple(block.window_size),
+        shift=tuple(block.shift_size),
+        num_heads=attn.num_heads,
+        qkv=attn.qkv,
+        logit_scale_owner=attn,
+        bias_fc1=attn.meta_mlp.fc1,
+        bias_fc2=attn.meta_mlp.fc2,
+        proj=attn.proj,
+        norm1=block.norm1,
+        fc1=mlp.fc1,
+        fc2=mlp.fc2,
+        norm2=block.norm2,
+        norm3=block.norm3 if isinstance(block.norm3, nn.LayerNorm) else None,
+    )
+
+
+def _check_stage(module: nn.Module) -> Iterator[str]:
+    yield from _check_children(module, "", {"downsample": ("PatchMerging", nn.Identity), "blocks": nn.Sequential})
+    if not isinstance(module.downsample, nn.Identity):
+        children = {"norm": nn.LayerNorm, "reduction": nn.Linear}
+        yield from _check_children(module.downsample, "downsample.", children)
+    if not len(module.blocks):
+        yield "it has no blocks"
+    for index, block in enumerate(module.blocks):
+        prefix = f"blocks.{index}."
+        if type(block).__name__ != "SwinTransformerV2CrBlock":
+            yield f"{prefix[:-1]} is a {type(block).__name__}, expected SwinTransformerV2CrBlock"
+        yield from _check_block(block, prefix)
+    yield from _check_insides(module)
+
+
+def _check_block(block: nn.Module, prefix: str) -> Iterator[str]:
+    drop_path = ("DropPath", nn.Identity, None)
+    dropout = (nn.Dropout, None)
+    norm = nn.LayerNorm
+    children = {
+        "attn": "WindowMultiHeadAttention", "norm1": norm, "drop_path1": drop_path, "mlp": "Mlp", "norm2": norm,
+        "drop_path2": drop_path, "norm3": (norm, nn.Identity),
+    }  # fmt: skip
+    yield from _check_children(block, prefix, children)
+    attn_children = {
+        "qkv": nn.Linear, "attn_drop": dropout, "proj": nn.Linear, "proj_drop": dropout, "meta_mlp": "Mlp",
+    }  # fmt: skip
+    yield from _check_children(block.attn, prefix + "attn.", attn_children)
+    for mlp, name, act in ((block.mlp, "mlp.", nn.GELU), (block.attn.meta_mlp, "attn.meta_mlp.", nn.ReLU)):
+        mlp_children = {
+            "fc1": nn.Linear, "act": act, "drop1": dropout, "norm": (nn.Identity, None), "fc2": nn.Linear,
+            "drop2": dropout,
+        }  # fmt: skip
+        yield from _check_children(mlp, prefix + name, mlp_children)
+    if block.mlp.act.approximate != "none":
+        yield f"{prefix}mlp.act is a GELU with the {block.mlp.act.approximate} approximation, expected the exact one"
+    if tuple(block.attn.window_size) != tuple(block.window_size):
+        yield f"{prefix}attn has window {block.attn.window_size}, its block {block.window_size}"
+
+
+def _check_children(module: nn.Module, prefix: str, expected: dict) -> Iterator[str]:
+    """Each child must be exactly of an expected type, given as a class or a type's name; None: may be absent."""
+    for name in module._modules:
+        if name not in expected:
+            yield f"{prefix}{name} is unknown to swinfast"
+    for name, types in expected.items():
+        types = types if isinstance(types, tuple) else (types,)
+        child = module._modules.get(name)
+        if child is None:
+            if None not in types:
+                yield f"{prefix}{name} is missing"
+        elif type(child) not in types and type(child).__name__ not in types:
+            known = " or ".join(t if isinstance(t, str) else t.__name__ for t in types if t is not None)
+            yield f"{prefix}{name} is a {type(child).__name__}, expected {known}"
+
+
+def _check_insides(module: nn.Module) -> Iterator[str]:
+    """Reasons that any module can have: hooks and patches inside it, parameters of foreign or mixed kinds."""
+    for name, child in module.named_modules():
+        if name and any(getattr(child, hooks, None) for hooks in HOOKS):
+            yield f"{name} has hooks"
+        if name and "forward" in child.__dict__:
+            yield f"the forward method of {name} is patched"
+    parameters = dict(module.named_parameters())
+    for name, parameter in parameters.items():
+        if type(parameter) not in (nn.Parameter, torch.Tensor):
+            yield f"{name} is a {type(parameter).__name__}, expected torch.nn.Parameter"
+        if parameter.dtype not in DTYPES:
+            yield f"{name} is {parameter.dtype}, expected a floating-point dtype of at least 16 bits"
+    if len({(parameter.dtype, parameter.device) for parameter in parameters.values()}) > 1:
+        yield "its parameters are of several dtypes or devices"
+
+
+ADAPTERS = {
+    adapter.type_name: adapter
+    for adapter in (
+        Adapter("patch embedding", "PatchEmbed", _read_patch_embed, _check_patch_embed),
+        Adapter("stage", "SwinTransformerV2CrStage", _read_stage, _check_stage),
+    )
+}
+SUPPORTED = "Swin Transformer V2 CR models: timm's swinv2_cr_* family and swinfast.create_model's"

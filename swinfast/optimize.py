@@ -1,0 +1,116 @@
+"""The pass: find what can be replaced in a model, and replace it."""
+
+import copy
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .adapters import DTYPES, SUPPORTED, Adapter, adapter_of
+from .backends import check_choice
+from .fused import FUSED, Fused, FusedComputation, FusedStage, FusedStages, ImageScale, Settings, fuse
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    cuda_graphs: bool | str = "auto",
+    inplace: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """A faster model with the same answers, class, methods and state_dict.
+
+    Every supported module is replaced wherever it sits: in a bare classifier, a features_only model, a backbone inside
+    something larger. In eval mode the fused computation runs, with or without grad mode; in training mode the original
+    one. ``swinfast.report`` says what runs where.
+
+    Args:
+        model: The model; it is left untouched unless inplace.
+        dtype: Dtype to convert the copy to (torch.float32, bfloat16, float16, float64), None to leave it.
+        backend: "auto" for the best one for the tensors' device, "torch" or "triton" to force one.
+        cuda_graphs: "auto" or False. True needs an engine that this version does not have.
+        inplace: Replace in the model itself and return it, in place of a deep copy.
+        mean, std: Per channel, to normalise uint8 images with, for pixel values in 0..1; by default those of the
+            model's config (``pretrained_cfg``), where it has one.
+
+    Returns:
+        The optimised model.
+
+    Raises:
+        TypeError: model is no torch.nn.Module.
+        ValueError: An argument is not one of those named above, or there is nothing to replace.
+        RuntimeError: A forced backend, or CUDA graphs, can't run here.
+    """
+    _check_arguments(model, dtype, cuda_graphs, mean, std)
+    check_choice(backend)
+    if not any(_adapter_of(module) for module in model.modules()):
+        raise ValueError(f"found nothing to optimize in {type(model).__name__}; supported are {SUPPORTED}")
+    if not inplace:
+        model = copy.deepcopy(model)
+    if dtype is not None:
+        model.to(dtype)
+    scales = _image_scales(model)
+    for module in list(model.modules()):
+        adapter = _adapter_of(module)
+        if adapter is not None:
+            if not isinstance(module, Fused):
+                fuse(module, FUSED[adapter.kind])
+            module._swinfast = Settings(backend, scales.get(module) if mean is None else (tuple(mean), tuple(std)))
+    for module in list(model.modules()):
+        if type(module) is nn.Sequential and len(module) and all(isinstance(child, FusedStage) for child in module):
+            fuse(module, FusedStages)
+    _warn_of_float16(model)
+    return model
+
+
+def refresh(model: nn.Module) -> None:
+    """Forget everything derived from the weights of an optimised model.
+
+    Needed only after edits through ``parameter.data`` or raw memory, which PyTorch does not count.
+    """
+    for module in model.modules():
+        if isinstance(module, FusedComputation):
+            module._swinfast.plan = None
+
+
+def _adapter_of(module: nn.Module) -> Adapter | None:
+    return adapter_of(module.original if isinstance(module, Fused) else type(module))
+
+
+def _image_scales(model: nn.Module) -> dict[nn.Module, ImageScale]:
+    """For each module the mean and std of the innermost model around it that has a config with them."""
+    scales = {}
+    for owner in model.modules():
+        config = getattr(owner, "pretrained_cfg", None)
+        if isinstance(config, dict) and config.get("mean") and config.get("std"):
+            scales |= dict.fromkeys(owner.modules(), (tuple(config["mean"]), tuple(config["std"])))
+    return scales
+
+
+def _check_arguments(model, dtype, cuda_graphs, mean, std) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype!r}")
+    if cuda_graphs not in ("auto", True, False):
+        raise ValueError(f"cuda_graphs must be 'auto', True or False, got {cuda_graphs!r}")
+    if cuda_graphs is True:
+        raise RuntimeError("cuda_graphs=True can't run: this version of swinfast captures no CUDA graphs; use 'auto'")
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std must be given together, got mean={mean!r} and std={std!r}")
+    if mean is not None and len(mean) != len(std):
+        raise ValueError(f"mean and std must be of one length, got {len(mean)} and {len(std)} values")
+
+
+def _warn_of_float16(model: nn.Module) -> None:
+    parameter = next((p for m in model.modules() if isinstance(m, FusedStage) for p in m.parameters()), None)
+    if parameter is not None and parameter.device.type == "cpu" and parameter.dtype == torch.float16:
+        warnings.warn(
+            "float16 has no fast path on a CPU and is computed in float32 there; "
+            "bfloat16 takes half the memory too, and is faster on CPUs that have it",
+            stacklevel=3,
+        )

@@ -1,0 +1,70 @@
+"""Gradients of a fused forward: the backward pass computes the original module again and differentiates that."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class FusedForward(torch.autograd.Function):
+    """module.fused_forward(plan, x) with the gradients of module.original_forward(x); parameters are plan's."""
+
+    @staticmethod
+    def forward(ctx, module, plan, x, *parameters):
+        ctx.module, ctx.names = module, plan.parameter_names
+        device = x.device.type
+        ctx.autocast = {
+            "device_type": device,
+            "enabled": torch.is_autocast_enabled(device),
+            "dtype": torch.get_autocast_dtype(device),
+        }
+        ctx.save_for_backward(x, *parameters)
+        return module.fused_forward(plan, x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, *parameters = ctx.saved_tensors
+        create_graph = torch.is_grad_enabled()
+        if not create_graph:
+            x = x.detach().requires_grad_(ctx.needs_input_grad[2])
+        with torch.enable_grad(), torch.autocast(**ctx.autocast), _in_eval(ctx.module):
+            output = _original(ctx.module, dict(zip(ctx.names, parameters, strict=True)), x)
+        inputs = [x, *parameters]
+        wanted = [index for index, need in enumerate(ctx.needs_input_grad[2:]) if need]
+        found = torch.autograd.grad(
+            output, [inputs[index] for index in wanted], gradient, create_graph=create_graph, allow_unused=True
+        )
+        gradients = [None] * len(inputs)
+        for index, value in zip(wanted, found, strict=True):
+            gradients[index] = value
+        return None, None, *gradients
+
+
+class _OriginalForward(nn.Module):
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module.original_forward(x)
+
+
+def _original(module: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The original forward with the parameters of the forward pass: torch.func.functional_call may have lent them."""
+    if all(parameters[name] is parameter for name, parameter in module.named_parameters()):
+        return module.original_forward(x)
+    lent = {f"module.{name}": parameter for name, parameter in parameters.items()}
+    return torch.func.functional_call(_OriginalForward(module), lent, (x,))
+
+
+@contextmanager
+def _in_eval(module: nn.Module):
+    """The mode that the forward pass ran in, though train() may have been called since."""
+    training = [child for child in module.modules() if child.training]
+    for child in training:
+        child.training = False
+    try:
+        yield
+    finally:
+        for child in training:
+            child.training = True

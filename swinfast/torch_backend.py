@@ -1,0 +1,247 @@
+"""The PyTorch backend: a whole stage in window order, in plain aten code.
+
+Tokens are gathered into the first block's windows on entry (patch merging gathers anyway) and stay in window order:
+LayerNorm and the MLP don't care. Where the next block is shifted, one index_select re-orders the residual stream; the
+map's own order returns once, at the end. Position biases and masks come from tables that are derived once per weights.
+
+Every operation here is differentiable and traceable when the tables come from derive(..., pack=False).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import window_order
+from .specs import BlockSpec, PatchEmbedSpec, Size, StageSpec
+from .torch_linear import Linear, can_pack, has_native_bfloat16, make_linear
+from .window_order import WindowOrder
+
+MASK_VALUE = -100.0
+MAX_LOGIT_SCALE = 4.605170185988092  # log(100)
+NORM_EPS = 1e-12
+NormWeights = tuple[Tensor | None, Tensor | None, float]
+
+name = "torch"
+
+
+class BlockTables(NamedTuple):
+    """What is derived from a block's parameters."""
+
+    bias: Tensor  # [heads, N, N], or [4, heads, N, N] by window type where the block is shifted
+    scale: Tensor  # [2, heads, 1, 1]: factors of the normalised q and k
+    qkv: Linear
+    proj: Linear
+    fc1_gelu: Linear
+    fc2: Linear
+    norm1: NormWeights
+    norm2: NormWeights
+    norm3: NormWeights | None
+
+
+class StageTables(NamedTuple):
+    dtype: torch.dtype  # that the stage computes in
+    merge_norm: NormWeights | None
+    reduction: Linear | None
+    blocks: tuple[BlockTables, ...]
+
+
+class PatchEmbedTables(NamedTuple):
+    dtype: torch.dtype
+    proj: Linear
+    norm: NormWeights | None
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute in for parameters of this dtype and device.
+
+    A CPU without matrix instructions for a 16-bit type takes ten times as long in it as in float32.
+    """
+    native = dtype == torch.bfloat16 and has_native_bfloat16()
+    if device.type == "cpu" and dtype.itemsize == 2 and not native:
+        return torch.float32
+    return dtype
+
+
+def derive_patch_embed(spec: PatchEmbedSpec, pack: bool) -> PatchEmbedTables:
+    """What patch_embed needs of the parameters; pack=False leaves them as they are, for a traced graph."""
+    weight, bias = spec.proj.weight, spec.proj.bias
+    dtype = compute_dtype(weight.dtype, weight.device) if pack else weight.dtype
+    bias = None if bias is None else bias.to(dtype)
+    norm = None if spec.norm is None else _norm_weights(spec.norm, dtype)
+    return PatchEmbedTables(dtype, make_linear(weight.flatten(1).to(dtype), bias, pack=pack), norm)
+
+
+def patch_embed(spec: PatchEmbedSpec, tables: PatchEmbedTables, images: Tensor) -> Tensor:
+    """Images [B, in_chans, H, W] to tokens [B, H / ph, W / pw, C]: one permuted copy and one matrix product."""
+    ph, pw = spec.proj.kernel_size
+    batch, channels, height, width = images.shape
+    gh, gw = height // ph, width // pw
+    x = images[:, :, : gh * ph, : gw * pw].to(tables.dtype)
+    x = x.reshape(batch, channels, gh, ph, gw, pw).permute(0, 2, 4, 1, 3, 5).reshape(batch, gh, gw, channels * ph * pw)
+    x = tables.proj(x)
+    x = x if tables.norm is None else _layer_norm(x, tables.norm)
+    return x.to(spec.proj.weight.dtype)
+
+
+def derive_stage(spec: StageSpec, pack: bool) -> StageTables:
+    """What stage needs of the parameters; pack=False leaves them as they are, for a traced graph."""
+    weight = spec.blocks[0].qkv.weight
+    dtype = compute_dtype(weight.dtype, weight.device) if pack else weight.dtype
+    merge_norm = reduction = None
+    if spec.merge is not None:
+        merge_norm = _norm_weights(spec.merge.norm, dtype)
+        reduction = _linear(spec.merge.reduction, dtype, pack)
+    return StageTables(dtype, merge_norm, reduction, tuple(_derive_block(block, dtype, pack) for block in spec.blocks))
+
+
+def _derive_block(block: BlockSpec, dtype: torch.dtype, pack: bool) -> BlockTables:
+    logit_scale = block.logit_scale_owner.logit_scale
+    exact = torch.promote_types(logit_scale.dtype, torch.float32)
+    scale = logit_scale.to(exact).clamp(max=MAX_LOGIT_SCALE).exp()
+    return BlockTables(
+        bias=_bias_table(block, exact).to(dtype),
+        scale=torch.stack([scale, torch.ones_like(scale)])[:, :, None, None].to(dtype),
+        qkv=_linear(block.qkv, dtype, pack),
+        proj=_linear(block.proj, dtype, pack),
+        fc1_gelu=_linear(block.fc1, dtype, pack, gelu=True),
+        fc2=_linear(block.fc2, dtype, pack),
+        norm1=_norm_weights(block.norm1, dtype),
+        norm2=_norm_weights(block.norm2, dtype),
+        norm3=None if block.norm3 is None else _norm_weights(block.norm3, dtype),
+    )
+
+
+def _bias_table(block: BlockSpec, dtype: torch.dtype) -> Tensor:
+    """The position bias, and the shift mask for the four window types; the MLP sees each distinct offset once."""
+    (wh, ww), device = block.window, block.bias_fc1.weight.device
+    fc1, fc2 = block.bias_fc1, block.bias_fc2
+    steps = [torch.arange(1 - size, size, device=device, dtype=torch.float32) for size in block.window]
+    offsets = torch.stack(torch.meshgrid(*steps, indexing="ij"), dim=-1)
+    offsets = offsets.sign() * torch.log(1.0 + offsets.abs())
+    offsets = offsets.to(fc1.weight.dtype).to(dtype)  # rounded as the buffer of a converted model is
+    hidden = F.relu(F.linear(offsets, fc1.weight.to(dtype), fc1.bias.to(dtype)))
+    bias = F.linear(hidden, fc2.weight.to(dtype), fc2.bias.to(dtype))  # [2Wh - 1, 2Ww - 1, heads]
+    row, column = torch.arange(wh, device=device), torch.arange(ww, device=device)
+    row, column = row.repeat_interleave(ww), column.repeat(wh)
+    bias = bias[row[:, None] - row + wh - 1, column[:, None] - column + ww - 1].permute(2, 0, 1)
+    if block.shift == (0, 0):
+        return bias.contiguous()
+    row_side, column_side = (row + block.shift[0]) // wh, (column + block.shift[1]) // ww  # 1 past the seam, else 0
+    across_rows = row_side[:, None] != row_side
+    across_columns = column_side[:, None] != column_side
+    masks = torch.stack([torch.zeros_like(across_rows), across_rows, across_columns, across_rows | across_columns])
+    return bias + masks[:, None].to(dtype) * MASK_VALUE
+
+
+def stage(spec: StageSpec, tables: StageTables, x: Tensor) -> Tensor:
+    """One stage. x [B, H, W, C] to [B, H', W', C'], both contiguous, in the dtype of x."""
+    given = x.dtype
+    x = x.to(tables.dtype)
+    size, order = (x.shape[1], x.shape[2]), None
+    if spec.merge is None:
+        x = x.flatten(1, 2)
+    else:
+        size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+        order = _stream_order(spec.blocks[0], size)
+        x = _merge(tables, x, size, order)
+    for block, block_tables in zip(spec.blocks, tables.blocks, strict=True):
+        wanted = _stream_order(block, size)
+        x = _reorder(x, order, wanted)
+        order = wanted
+        x = _block(block, block_tables, x, size)
+    return _reorder(x, order, None).unflatten(1, size).to(given)
+
+
+def _stream_order(block: BlockSpec, size: Size) -> WindowOrder | None:
+    """The order of the residual stream in a block: its windows, or raster where these are padded."""
+    order = WindowOrder(size, block.window, block.shift)
+    return None if order.padded else order
+
+
+def _reorder(x: Tensor, old: WindowOrder | None, new: WindowOrder | None) -> Tensor:
+    index = window_order.change(old, new, x.device)
+    return x if index is None else x.index_select(1, index)
+
+
+def _merge(tables: StageTables, x: Tensor, size: Size, order: WindowOrder | None) -> Tensor:
+    """Patch merging straight into the order of the first block. [B, H, W, C] to [B, H/2 * W/2, 2C]."""
+    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    index = window_order.merge((2 * size[0], 2 * size[1]), order, x.device)
+    x = x.flatten(1, 2).index_select(1, index).unflatten(1, (-1, 4)).flatten(2)
+    return tables.reduction(_layer_norm(x, tables.merge_norm))
+
+
+def _block(block: BlockSpec, tables: BlockTables, x: Tensor, size: Size) -> Tensor:
+    """One block on the residual stream [B, H * W, C]."""
+    order = WindowOrder(size, block.window, block.shift)
+    if order.padded:
+        windows = x.index_select(1, window_order.change(None, order, x.device))
+        windows = windows.masked_fill(window_order.pad_mask(order, x.device), 0.0)
+        attended = _attention(block, tables, windows, order.grid)
+        attended = attended.index_select(1, window_order.change(order, None, x.device))
+    else:
+        attended = _attention(block, tables, x, order.grid)
+    x = _norm_residual(attended, tables.norm1, x)
+    x = _norm_residual(tables.fc2(tables.fc1_gelu(x)), tables.norm2, x)
+    return x if tables.norm3 is None else _layer_norm(x, tables.norm3)
+
+
+def _attention(block: BlockSpec, tables: BlockTables, x: Tensor, grid: Size) -> Tensor:
+    """Scaled cosine attention and the projection on tokens in window order, [B, windows * N, C] in and out."""
+    heads, tokens, channels = block.num_heads, block.window[0] * block.window[1], x.shape[-1]
+    qkv = tables.qkv(x).view(-1, tokens, 3, heads, channels // heads)
+    qkv = qkv.permute(2, 0, 3, 1, 4).contiguous()  # [3, B * windows, heads, N, d]
+    query_key, value = qkv[:2], qkv[2]
+    # A 16-bit norm overflows or loses its eps: fp32 at least.
+    exact = torch.promote_types(qkv.dtype, torch.float32)
+    length = torch.linalg.vector_norm(query_key, dim=-1, keepdim=True, dtype=exact).clamp_min(NORM_EPS)
+    query, key = (query_key * (tables.scale[:, None] / length)).to(qkv.dtype)
+    logits = query @ key.transpose(-2, -1)
+    _add_bias(logits.unflatten(0, (-1, *grid)), tables.bias)
+    out = logits.softmax(dim=-1).to(value.dtype) @ value
+    return tables.proj(out.transpose(1, 2).reshape(x.shape))
+
+
+def _add_bias(logits: Tensor, bias: Tensor) -> None:
+    """Add the position bias in place. logits [B, gh, gw, heads, N, N]; a table of four goes by window type."""
+    if bias.dim() == 3:
+        logits += bias
+        return
+    interior, last_row, last_column, corner = bias
+    logits[:, :-1, :-1] += interior
+    logits[:, -1:, :-1] += last_row
+    logits[:, :-1, -1:] += last_column
+    logits[:, -1:, -1:] += corner
+
+
+def _norm_residual(x: Tensor, norm: NormWeights, residual: Tensor) -> Tensor:
+    x = _layer_norm(x, norm)
+    return x.add_(residual) if x.dtype == residual.dtype else x + residual
+
+
+def _layer_norm(x: Tensor, norm: NormWeights) -> Tensor:
+    weight, bias, eps = norm
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _norm_weights(norm: nn.LayerNorm, dtype: torch.dtype) -> NormWeights:
+    weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (norm.weight, norm.bias))
+    return weight, bias, norm.eps
+
+
+def _linear(layer: nn.Linear, dtype: torch.dtype, pack: bool, gelu: bool = False) -> Linear:
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return make_linear(layer.weight.to(dtype), bias, gelu=gelu, pack=pack)
+
+
+def describe(dtype: torch.dtype, device: torch.device) -> str:
+    """What runs parameters of this dtype on this device, in words for the report."""
+    computed = compute_dtype(dtype, device)
+    text = f"PyTorch, {str(computed).removeprefix('torch.')}"
+    if device.type == "cpu" and can_pack(computed):
+        text += ", packed weights"
+    if computed != dtype:
+        text += f" (this CPU has no fast {str(dtype).removeprefix('torch.')}: a float32 model saves the conversions)"
+    return text

@@ -1,0 +1,138 @@
+"""Does an optimised model give the answers of the plain one? The numerics policy as a function."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# Beside twice the error of the plain computation: what a fused kernel may be off where plain PyTorch happens to be
+# nearly exact, relative to the size of the outputs. Twice the noise measured on whole models, see docs/numerics.md.
+ABSOLUTE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 2e-4}
+FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors of an output against the float64 oracle: the largest, and the RMS; relative: over the oracle's RMS."""
+
+    max: float
+    relative_max: float
+    relative_rms: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of ``swinfast.verify``.
+
+    Attributes:
+        fast, plain: Errors of the optimised and the plain model, both in ``dtype``, against the plain one in float64.
+        top1_agreement: Share of images for which plain and optimised model agree on the largest output; None where the
+            output is no [B, classes].
+        passed: Whether the optimised model is as right as the plain one.
+        reason: Why not, or "".
+    """
+
+    dtype: torch.dtype
+    fast: Errors
+    plain: Errors
+    top1_agreement: float | None
+    passed: bool
+    reason: str
+
+    def __str__(self) -> str:
+        agreement = "" if self.top1_agreement is None else f", top-1 agreement {self.top1_agreement:.2%}"
+        return (
+            f"{'passed' if self.passed else 'FAILED: ' + self.reason} ({str(self.dtype).removeprefix('torch.')}): "
+            f"relative RMS error {self.fast.relative_rms:.2e} (plain model {self.plain.relative_rms:.2e}), "
+            f"largest {self.fast.max:.2e} ({self.plain.max:.2e}){agreement}"
+        )
+
+
+def verify(model: nn.Module, fast: nn.Module, images: Tensor) -> Verification:
+    """Compare an optimised model with the plain one it was made from.
+
+    The oracle is the plain model in float64, with its weights rounded to the dtype of the optimised one. The optimised
+    model passes where its largest and its RMS error are at most twice those of the plain model in the same dtype, plus
+    a small absolute part, and where NaN and infinities stand at the same places as in the oracle. A plain model can
+    be right by luck: its errors are the larger ones of two runs, of which the second sees its images changed by no more
+    than their dtype's rounding.
+
+    Args:
+        model: The plain model.
+        fast: The optimised one, of any dtype, on the device of images.
+        images: [B, in_chans, H, W], floating-point, as the models take them.
+
+    Raises:
+        ValueError: The models have different state_dict keys, fast is in training mode, or images is not
+            floating-point.
+    """
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating-point, got {images.dtype}")
+    if fast.training:
+        raise ValueError("fast is in training mode, where it runs the original computation: call fast.eval() first")
+    if model.state_dict().keys() != fast.state_dict().keys():
+        raise ValueError("model and fast have different parameters: fast must be made from model by swinfast.optimize")
+    parameter = next(fast.parameters())
+    dtype = parameter.dtype
+    images = images.to(parameter.device, dtype)
+    with torch.no_grad():
+        plain = copy.deepcopy(model).to(parameter.device, dtype).eval()
+        plain_out, nudged_out = _outputs(plain(images)), _outputs(plain(_nudge(images)))
+        oracle = _outputs(plain.double()(images.double()))
+        fast_out = _outputs(fast(images))
+    reason = _compare(fast_out, (plain_out, nudged_out), oracle, dtype)
+    agreement = None
+    if len(oracle) == 1 and oracle[0].dim() == 2 and oracle[0].numel():
+        agreement = (fast_out[0].argmax(-1) == plain_out[0].argmax(-1)).double().mean().item()
+    fast_errors, plain_errors = (
+        _errors(fast_out, oracle),
+        _worst(_errors(plain_out, oracle), _errors(nudged_out, oracle)),
+    )
+    return Verification(dtype, fast_errors, plain_errors, agreement, not reason, reason)
+
+
+def _outputs(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else list(output)
+
+
+def _nudge(images: Tensor) -> Tensor:
+    """Images changed by one rounding, up or down at random."""
+    signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return images * (1 + torch.finfo(images.dtype).eps * signs.to(images))
+
+
+def _compare(fast: list[Tensor], plain: Sequence[list[Tensor]], oracle: list[Tensor], dtype: torch.dtype) -> str:
+    """Why the outputs fail the policy, "" where they pass."""
+    for index, (got, true, *base) in enumerate(zip(fast, oracle, *plain, strict=True)):
+        place = f"output {index}: " if len(oracle) > 1 else ""
+        if got.shape != true.shape:
+            return f"{place}shape {tuple(got.shape)}, expected {tuple(true.shape)}"
+        if not torch.equal(got.isfinite(), true.to(dtype).isfinite()):
+            return f"{place}NaN or infinity where the oracle has none, or the other way round"
+        error, allowed = _errors([got], [true]), _worst(*(_errors([output], [true]) for output in base))
+        for name, absolute in (("relative_rms", ABSOLUTE[dtype]), ("relative_max", 8 * ABSOLUTE[dtype])):
+            bar = FACTOR * getattr(allowed, name) + absolute
+            if not getattr(error, name) <= bar:
+                words = name.replace("_", " ").replace("rms", "RMS")
+                return f"{place}{words} error {getattr(error, name):.2e} is above {bar:.2e}"
+    return ""
+
+
+def _worst(*errors: Errors) -> Errors:
+    return Errors(*(max(getattr(e, field) for e in errors) for field in ("max", "relative_max", "relative_rms")))
+
+
+def _errors(outputs: list[Tensor], oracle: list[Tensor]) -> Errors:
+    """Errors where both are finite, over all outputs."""
+    pairs = [(got.double(), true) for got, true in zip(outputs, oracle, strict=True) if got.shape == true.shape]
+    got = torch.cat([pair[0].flatten() for pair in pairs])
+    true = torch.cat([pair[1].flatten() for pair in pairs])
+    finite = got.isfinite() & true.isfinite()
+    difference, size = (got - true)[finite], true[finite]
+    if not difference.numel():
+        return Errors(0.0, 0.0, 0.0)
+    rms = size.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    largest = difference.abs().max()
+    return Errors(largest.item(), (largest / rms).item(), (difference.square().mean().sqrt() / rms).item())
