@@ -1,0 +1,64 @@
+"""Fixtures of all tests."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import randomise, write_image
+from safetensors.torch import save_file
+from swinfast.reference import SwinTransformerV2Cr
+from torch import nn
+
+from bench.peers import import_timm
+
+torch.set_num_threads(1)  # these models are small: threads gain nothing, and on a busy machine they cost tenfold
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    """timm, the oracle for models and image transforms."""
+    return import_timm()
+
+
+@pytest.fixture(scope="session")
+def twins(timm) -> Callable[..., tuple[nn.Module, nn.Module]]:
+    """Makes our SwinTransformerV2Cr and timm's with the same arguments and random weights, both in eval mode."""
+
+    def make(seed: int = 0, **args) -> tuple[nn.Module, nn.Module]:
+        theirs = randomise(timm.models.swin_transformer_v2_cr.SwinTransformerV2Cr(**args), seed).eval()
+        ours = SwinTransformerV2Cr(**args).eval()
+        ours.load_state_dict(theirs.state_dict())
+        return ours, theirs
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A small classifier of 10 classes for images of 32 by 32, saved as create_model reads it."""
+    args = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4}
+    folder = tmp_path_factory.mktemp("model")
+    config = {
+        "architecture": "swinv2_cr_tiny_224",
+        "num_classes": 10,
+        "label_names": [f"class {number}" for number in range(10)],
+        "model_args": args,
+        "pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 1.0},
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(randomise(SwinTransformerV2Cr(**args, num_classes=10)).state_dict(), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def bad_images(tmp_path) -> dict[str, Path]:
+    """Files that are no images, by what is wrong with them."""
+    files = {name: tmp_path / f"{name}.{end}" for name, end in (("text", "png"), ("empty", "jpg"), ("cut", "jpg"))}
+    files["text"].write_text("this is no image", encoding="utf-8")
+    files["empty"].touch()
+    whole = write_image(files["cut"]).read_bytes()
+    files["cut"].write_bytes(whole[: len(whole) // 2])
+    return files | {"missing": tmp_path / "missing.png"}

@@ -1,0 +1,211 @@
+"""Gradients through an optimised model are those of the plain one, in every mode that PyTorch users work in."""
+
+import copy
+
+import pytest
+import torch
+from helpers import random_images, randomise, small_model_args
+from torch import nn
+
+import swinfast
+
+IMAGES = random_images(2, 3, 64, 64, dtype=torch.float64)
+
+
+@pytest.fixture
+def model(timm):
+    return randomise(timm.create_model("swinv2_cr_tiny_224", **small_model_args())).double().eval()
+
+
+def gradients(model, images=IMAGES, **keywords):
+    images = images.clone().requires_grad_()
+    wanted = [images, *model.parameters()]
+    output = model(images)
+    weights = random_images(*output.shape, seed=1).to(output)
+    return torch.autograd.grad((output * weights).sum(), wanted, **keywords)
+
+
+def assert_close(got, expected, tolerance=1e-9):
+    scale = max(gradient.norm() for gradient in expected)
+    for one, other in zip(got, expected, strict=True):
+        assert (one - other).norm() <= tolerance * scale
+
+
+def test_in_eval_mode_the_forward_is_fused(model, monkeypatch):
+    fast = swinfast.optimize(model)
+    calls = []
+    forward = type(fast.stages[0].blocks[0]).forward
+    monkeypatch.setattr(
+        type(fast.stages[0].blocks[0]), "forward", lambda self, x: calls.append(self) or forward(self, x)
+    )
+    output = fast(IMAGES)
+    assert output.requires_grad
+    assert not calls  # no original block ran
+    output.sum().backward()
+    assert len(calls) == 4  # and each once in the backward pass
+
+
+def test_in_eval_mode(model):
+    assert_close(gradients(swinfast.optimize(model)), gradients(model))
+
+
+def test_in_chunks(timm):
+    options = small_model_args(img_size=112)
+    model = randomise(timm.create_model("swinv2_cr_tiny_224", **options)).double().eval()
+    images = random_images(11, 3, 112, 112, dtype=torch.float64)
+    assert_close(gradients(swinfast.optimize(model), images), gradients(model, images))
+
+
+def test_in_training_mode(model):
+    """The original computation, dropout of the position bias MLP included."""
+    results = []
+    for either in (model.train(), swinfast.optimize(model).train()):
+        torch.manual_seed(0)
+        results.append(gradients(either))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_eval_forward_then_train_then_backward(model):
+    """The backward pass computes in the mode of the forward pass, and leaves the model in the one it has."""
+    fast = swinfast.optimize(model)
+    expected = gradients(model)
+    images = IMAGES.clone().requires_grad_()
+    output = fast(images)
+    fast.train()
+    weights = random_images(*output.shape, seed=1).to(output)
+    assert_close(torch.autograd.grad((output * weights).sum(), [images, *fast.parameters()]), expected)
+    assert all(module.training for module in fast.modules())
+
+
+def test_dropout_switched_on_alone(model):
+    """Monte-Carlo dropout: a dropout inside an eval model in training mode is random in the fused model too."""
+    fast = swinfast.optimize(model)
+    with torch.no_grad():
+        for either in (model, fast):
+            either.stages[0].blocks[0].attn.meta_mlp.drop1.train()
+        torch.manual_seed(0)
+        expected = model(IMAGES)
+        torch.manual_seed(0)
+        assert torch.allclose(fast(IMAGES), expected)
+        assert not torch.allclose(fast(IMAGES), expected)
+
+
+def test_images_that_only_the_optimised_model_takes(model):
+    """uint8 and half images: the backward pass must see them as the original takes them."""
+    fast = swinfast.optimize(model)
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    half = IMAGES.half()
+    for given, taken in ((pixels, ((pixels / 255 - mean) / std).double()), (half, half.double())):
+        got = torch.autograd.grad(fast(given).square().sum(), list(fast.parameters()))
+        assert_close(got, torch.autograd.grad(model(taken).square().sum(), list(model.parameters())))
+    half.requires_grad_()
+    (gradient,) = torch.autograd.grad(fast(half).square().sum(), half)
+    assert gradient.dtype == torch.float16
+
+
+def test_frozen_parameters(model):
+    fast = swinfast.optimize(model)
+    for either in (model, fast):
+        for name, parameter in either.named_parameters():
+            parameter.requires_grad_("norm" in name)
+        either(IMAGES).square().sum().backward()
+    for (name, one), other in zip(fast.named_parameters(), model.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None) == ("norm" not in name)
+        if one.grad is not None:
+            assert torch.allclose(one.grad, other.grad, rtol=1e-8, atol=1e-8)
+
+
+def test_second_derivatives(model):
+    def penalty(either):
+        images = IMAGES.clone().requires_grad_()
+        (first,) = torch.autograd.grad(either(images).square().sum(), images, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [images, *either.parameters()], allow_unused=True)
+
+    got, expected = penalty(swinfast.optimize(model)), penalty(model)
+    assert [g is None for g in got] == [g is None for g in expected]
+    assert_close([g for g in got if g is not None], [g for g in expected if g is not None])
+
+
+def test_weights_edited_between_forward_and_backward(model):
+    fast = swinfast.optimize(model)
+    output = fast(IMAGES)
+    with torch.no_grad():
+        fast.stages[0].blocks[0].attn.qkv.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_functional_call_and_its_gradients(model):
+    """Parameters lent for one call, as torch.func.functional_call and ensembles do."""
+    fast = swinfast.optimize(model)
+    lent = {name: (p.detach() * 1.2).requires_grad_() for name, p in model.named_parameters()}
+    results = []
+    for either in (model, fast):
+        output = torch.func.functional_call(either, lent, (IMAGES,))
+        results.append([output.detach(), *torch.autograd.grad(output.square().sum(), list(lent.values()))])
+    assert_close(results[1], results[0])
+
+
+def test_torch_func_transforms(model):
+    fast = swinfast.optimize(model)
+    state = dict(model.named_parameters())
+
+    def loss(parameters, either, images):
+        return torch.func.functional_call(either, parameters, (images,)).square().sum()
+
+    expected = torch.func.grad(loss)(state, model, IMAGES)
+    got = torch.func.grad(loss)(state, fast, IMAGES)
+    assert_close(list(got.values()), list(expected.values()))
+    expected = torch.func.vmap(lambda image: model(image[None])[0])(IMAGES)
+    assert torch.allclose(torch.func.vmap(lambda image: fast(image[None])[0])(IMAGES), expected)
+
+
+def test_forward_mode(model):
+    fast = swinfast.optimize(model)
+    tangent = random_images(2, 3, 64, 64, seed=2, dtype=torch.float64)
+    results = [torch.func.jvp(either, (IMAGES,), (tangent,))[1] for either in (model, fast)]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(IMAGES, tangent)
+        results.append(torch.autograd.forward_ad.unpack_dual(fast(dual)).tangent)
+    assert_close(results[1:], results[:1] * 2)
+
+
+def test_under_autocast(timm):
+    model = randomise(timm.create_model("swinv2_cr_tiny_224", **small_model_args())).eval()
+
+    def gradient(either, enabled):
+        images = IMAGES.to(next(either.parameters()).dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = either(images)
+        return torch.autograd.grad(output.double().square().sum(), images)[0].double()
+
+    exact = gradient(copy.deepcopy(model).double(), enabled=False)
+    plain, got = (gradient(either, enabled=True) for either in (model, swinfast.optimize(model)))
+    assert 1e-3 * exact.norm() < (got - exact).norm() <= 1.5 * (plain - exact).norm()
+
+
+def test_gradient_checkpointing(model):
+    fast = swinfast.optimize(model)
+    expected = gradients(model)
+    fast.set_grad_checkpointing(True)
+    assert_close(gradients(fast), expected)
+
+
+def test_training_an_optimised_model(model):
+    """A few steps in training mode with evaluations between, as in a training loop."""
+    results = []
+    for either in (model, swinfast.optimize(model)):
+        torch.manual_seed(0)
+        optimiser = torch.optim.SGD(either.parameters(), lr=1e-4)
+        losses = []
+        for _ in range(3):
+            loss = nn.functional.cross_entropy(either.train()(IMAGES), torch.tensor([1, 2]))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            with torch.no_grad():
+                losses.append(either.eval()(IMAGES))
+        results.append(torch.stack(losses))
+    assert torch.allclose(*results, rtol=1e-7)

@@ -1,0 +1,246 @@
+"""What can't be replaced faithfully stays as it is and says so; wrong arguments get an error that says what to do."""
+
+import pytest
+import torch
+from helpers import random_images, randomise, relative_rms, small_model_args
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import swinfast
+
+IMAGES = random_images(2, 3, 64, 64, dtype=torch.float64)
+
+
+@pytest.fixture
+def model(timm):
+    return randomise(timm.create_model("swinv2_cr_tiny_224", **small_model_args())).double().eval()
+
+
+class Lora(nn.Module):
+    """A linear layer with a low-rank update, as PEFT wraps one."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.full((2, base.in_features), 0.1, dtype=torch.float64))
+        self.up = nn.Parameter(torch.full((base.out_features, 2), 0.1, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+def add_hook(model):
+    model.stages[1].blocks[0].mlp.register_forward_hook(lambda module, inputs, output: output + output.roll(1, -1))
+
+
+def add_pre_hook(model):
+    model.stages[1].blocks[1].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 1.5,))
+
+
+def add_lora(model):
+    model.stages[1].blocks[0].attn.qkv = Lora(model.stages[1].blocks[0].attn.qkv)
+
+
+def add_parametrization(model):
+    parametrizations.weight_norm(model.stages[1].blocks[1].mlp.fc2)
+
+
+def patch_forward(model):
+    layer = model.stages[1].blocks[1].mlp.fc2
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight).square()
+
+
+def change_activation(model):
+    model.stages[1].blocks[0].mlp.act = nn.GELU(approximate="tanh")
+
+
+def change_norm(model):
+    model.stages[1].blocks[0].norm2 = nn.RMSNorm(32, dtype=torch.float64)
+
+
+def change_merging(model):
+    model.stages[1].downsample.reduction = nn.Sequential(model.stages[1].downsample.reduction, nn.Tanh())
+
+
+def add_a_module(model):
+    model.stages[1].blocks[0].gate = nn.Identity()
+
+
+def subclass_a_block(model):
+    block = model.stages[1].blocks[0]
+
+    class Scaled(type(block)):
+        def forward(self, x):
+            return 1.5 * super().forward(x)
+
+    block.__class__ = Scaled
+
+
+REFUSALS = {
+    add_hook: "blocks.0.mlp has hooks",
+    add_pre_hook: "blocks.1 has hooks",
+    add_lora: "blocks.0.attn.qkv is a Lora, expected Linear",
+    add_parametrization: "blocks.1.mlp.fc2 is a ParametrizedLinear, expected Linear",
+    patch_forward: "the forward method of blocks.1.mlp.fc2 is patched",
+    change_activation: "blocks.0.mlp.act is a GELU with the tanh approximation, expected the exact one",
+    change_norm: "blocks.0.norm2 is a RMSNorm, expected LayerNorm",
+    change_merging: "downsample.reduction is a Sequential, expected Linear",
+    add_a_module: "blocks.0.gate is unknown to swinfast",
+    subclass_a_block: "blocks.0 is a Scaled, expected SwinTransformerV2CrBlock",
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after", "after a call"])
+@pytest.mark.parametrize("change", REFUSALS, ids=lambda change: change.__name__)
+def test_a_changed_stage_stays_original(model, change, when):
+    with torch.no_grad():
+        untouched = model(IMAGES)
+    fast = None if when == "before" else swinfast.optimize(model)
+    if when == "after a call":
+        with torch.no_grad():
+            fast(IMAGES)
+    change(model)
+    if fast is None:
+        fast = swinfast.optimize(model)
+        if change is patch_forward:
+            change(fast)  # a patch closes over its own layer, which deepcopy does not follow
+    else:
+        change(fast)
+    with torch.no_grad():
+        expected = model(IMAGES)
+        assert relative_rms(expected, untouched) > 1e-6 or change in (add_a_module, add_parametrization)
+        assert relative_rms(fast(IMAGES), expected) <= 1e-9
+    rows = {row.name: row for row in swinfast.report(fast).rows}
+    for name, row in rows.items():
+        assert row.replaced == (not name.startswith("stages.1.")), name
+    assert rows["stages.1.blocks.0"].detail == REFUSALS[change]
+    assert REFUSALS[change] in str(swinfast.report(fast))
+
+
+def test_a_removed_hook_lets_the_stage_be_fused_again(model):
+    fast = swinfast.optimize(model)
+    handle = fast.stages[0].blocks[0].register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        fast(IMAGES)
+    assert not swinfast.report(fast).rows[1].replaced
+    handle.remove()
+    assert all(row.replaced for row in swinfast.report(fast).rows)
+
+
+def test_hooks_on_replaced_modules_fire_once_with_the_right_tensors(timm):
+    """Hooks on a stage, which is how features are extracted, need no original: also where batches go in chunks."""
+    model = randomise(timm.create_model("swinv2_cr_tiny_224", **small_model_args(img_size=112))).double().eval()
+    fast = swinfast.optimize(model)
+    images = random_images(9, 3, 112, 112, dtype=torch.float64)
+    seen = []
+    for either in (model, fast):
+        for module in (either.patch_embed, either.stages, *either.stages):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        with torch.no_grad():
+            either(images)
+    assert len(seen) == 8
+    assert all(row.replaced for row in swinfast.report(fast).rows)
+    for expected, got in zip(seen[:4], seen[4:], strict=True):
+        assert relative_rms(got, expected) <= 1e-9
+
+
+def test_hooks_inside_a_stage_see_whole_batches(timm):
+    model = randomise(timm.create_model("swinv2_cr_tiny_224", **small_model_args(img_size=112))).double().eval()
+    fast = swinfast.optimize(model)
+    seen = []
+    fast.stages[0].blocks[1].register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
+    with torch.no_grad():
+        fast(random_images(9, 3, 112, 112, dtype=torch.float64))
+    assert seen == [9]
+
+
+def test_hooks_on_every_module_fire(model):
+    counts = []
+    for either in (model, swinfast.optimize(model)):
+        fired = []
+        handle = nn.modules.module.register_module_forward_hook(lambda *arguments, fired=fired: fired.append(1))
+        with torch.no_grad():
+            either(IMAGES)
+        handle.remove()
+        counts.append(len(fired))
+    assert counts[0] == counts[1] > 50
+
+
+def test_mixed_dtypes_stay_original_and_raise_as_the_original_does(model):
+    fast = swinfast.optimize(model)
+    with torch.no_grad():
+        fast(IMAGES)
+    fast.stages[0].blocks[0].mlp.fc1.float()
+    assert "several dtypes" in swinfast.report(fast).rows[1].detail
+    with pytest.raises(RuntimeError, match="dtype"), torch.no_grad():
+        fast(IMAGES)
+
+
+def test_padded_convolution_stays_original(model):
+    model.patch_embed.proj.padding = (1, 1)
+    fast = swinfast.optimize(model)
+    assert swinfast.report(fast).rows[0].detail == "proj has padding (1, 1), expected (0, 0)"
+
+
+def test_nothing_supported():
+    with pytest.raises(ValueError, match=r"nothing to optimize in Linear; supported are Swin Transformer V2 CR"):
+        swinfast.optimize(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"is not optimized: call swinfast.optimize"):
+        swinfast.report(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'torch', 'triton', got 'cuda'"),
+        ({"backend": "triton"}, RuntimeError, "use backend='auto' or 'torch'"),
+        ({"dtype": torch.int8}, ValueError, "dtype must be one of torch.float32, .*, got torch.int8"),
+        ({"dtype": "float16"}, ValueError, "dtype must be one of torch.float32, .*, got 'float16'"),
+        ({"cuda_graphs": "yes"}, ValueError, "cuda_graphs must be 'auto', True or False, got 'yes'"),
+        ({"cuda_graphs": True}, RuntimeError, "use 'auto'"),
+        ({"mean": (0.5, 0.5, 0.5)}, ValueError, "mean and std must be given together"),
+        ({"mean": (0.5,), "std": (0.5, 0.5)}, ValueError, "mean and std must be of one length, got 1 and 2 values"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        swinfast.optimize(model, **arguments)
+
+
+def test_a_model_that_is_none():
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
+        swinfast.optimize("swinv2_cr_tiny_ns_224")
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.zeros(2, 3, 32, 64), AssertionError, r"Input image height \(32\) doesn't match model \(64\)."),
+        (torch.zeros(2, 3, 64, 32), AssertionError, r"Input image width \(32\) doesn't match model \(64\)."),
+        (torch.zeros(2, 1, 64, 64), RuntimeError, r"images must have 3 channels, got shape \(2, 1, 64, 64\)"),
+        (torch.zeros(3, 64, 64), ValueError, r"images must be \[B, 3, H, W\], got shape \(3, 64, 64\)"),
+        (torch.zeros(2, 3, 64, 64, dtype=torch.int64), RuntimeError, "images must be floating-point or uint8"),
+    ],
+    ids=["height", "width", "channels", "dimensions", "dtype"],
+)
+def test_wrong_images(model, images, error, message):
+    with pytest.raises(error, match=message):
+        swinfast.optimize(model)(images)
+
+
+def test_uint8_without_mean_and_std(model):
+    del model.pretrained_cfg, model.default_cfg
+    with pytest.raises(ValueError, match=r"give optimize\(..., mean=..., std=...\)"):
+        swinfast.optimize(model)(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+
+
+def test_float16_on_a_cpu_warns(model):
+    with pytest.warns(UserWarning, match="bfloat16 takes half the memory too"):
+        swinfast.optimize(model, dtype=torch.float16)
+
+
+def test_report_of_a_model_in_training_mode(model):
+    fast = swinfast.optimize(model.train())
+    assert "until model.eval()" in str(swinfast.report(fast))
+    assert "until model.eval()" not in str(swinfast.report(fast.eval()))

@@ -1,0 +1,134 @@
+"""torch.compile and torch.export see through an optimised model, and a compiled one sees edited weights.
+
+The graph is checked without a code generator (aot_eager) everywhere, and with Inductor where a C++ compiler is found.
+"""
+
+import shutil
+
+import pytest
+import torch
+from helpers import random_images, randomise, relative_rms, small_model_args
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import swinfast
+
+IMAGES = random_images(3, 3, 64, 64, dtype=torch.float64)
+OPTIONS = {
+    "whole windows": {},
+    "padded": {"img_size": 60, "window_size": 7},
+    "odd grid": {"img_size": 66, "window_size": 3, "dynamic_img_size": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch.compiler.reset()
+
+
+def make(timm, source="timm", **overrides):
+    create = timm.create_model if source == "timm" else swinfast.create_model
+    model = randomise(create("swinv2_cr_tiny_224", **small_model_args(**overrides))).double().eval()
+    return model, swinfast.optimize(model)
+
+
+@pytest.mark.parametrize(("name", "source"), [*((name, "timm") for name in OPTIONS), ("whole windows", "reference")])
+def test_compile(timm, name, source):
+    model, fast = make(timm, source, **OPTIONS[name])
+    dynamic = name == "padded"
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    size = OPTIONS[name].get("img_size", 64)
+    with torch.no_grad():
+        for batch in (3, 5, 2) if dynamic else (3,):
+            images = random_images(batch, 3, size, size, dtype=torch.float64)
+            assert relative_rms(compiled(images), model(images)) <= 1e-9
+
+
+def test_compile_sees_edited_weights(timm):
+    model, fast = make(timm)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        before = compiled(IMAGES)
+        for either in (model, fast):
+            block = either.stages[1].blocks[1]
+            block.attn.meta_mlp.fc2.weight.mul_(2)
+            block.attn.logit_scale.sub_(0.4)
+            block.mlp.fc1.weight.mul_(1.1)
+        assert relative_rms(compiled(IMAGES), model(IMAGES)) <= 1e-9
+        assert relative_rms(compiled(IMAGES), before) > 1e-4
+
+
+def test_compile_with_gradients(timm):
+    model, fast = make(timm)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    results = []
+    for either, parameters in ((model, model.parameters()), (compiled, fast.parameters())):
+        results.append(torch.autograd.grad(either(IMAGES).square().sum(), list(parameters)))
+    scale = max(gradient.norm() for gradient in results[0])
+    for expected, got in zip(*results, strict=True):
+        assert (got - expected).norm() <= 1e-9 * scale
+
+
+def test_compile_after_a_stage_must_stay_original(timm):
+    """A layer replaced by a foreign one after optimize: the compiled model computes with it."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, fast = make(timm)
+    for either in (model, fast):
+        layer = either.stages[0].blocks[1].mlp.fc2
+        layer.__class__ = Doubled
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert relative_rms(compiled(IMAGES), model(IMAGES)) <= 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="Inductor needs a C++ compiler")
+def test_inductor(timm):
+    model, fast = make(timm, **OPTIONS["padded"])
+    compiled = torch.compile(fast.float(), fullgraph=True)
+    images = random_images(3, 3, 60, 60)
+    with torch.no_grad():
+        assert relative_rms(compiled(images), model.float()(images)) <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "source"), [*((name, "timm") for name in OPTIONS), ("whole windows", "reference")])
+def test_export_with_dynamic_batch(timm, name, source):
+    model, fast = make(timm, source, **OPTIONS[name])
+    size = OPTIONS[name].get("img_size", 64)
+    example = random_images(2, 3, size, size, dtype=torch.float64)
+    batch = torch.export.Dim("batch", min=1, max=256)
+    exported = torch.export.export(fast, (example,), dynamic_shapes=({0: batch},)).module()
+    with torch.no_grad():
+        for count in (1, 2, 7):
+            images = random_images(count, 3, size, size, dtype=torch.float64)
+            assert relative_rms(exported(images), model(images)) <= 1e-9
+
+
+def test_export_keeps_parameters_by_name(timm):
+    _, fast = make(timm)
+    exported = torch.export.export(fast, (IMAGES,))
+    assert set(exported.state_dict) == set(fast.state_dict())
+
+
+def test_jit_trace(timm):
+    model, fast = make(timm)
+    with pytest.warns((torch.jit.TracerWarning, DeprecationWarning)):
+        traced = torch.jit.trace(fast, IMAGES, check_trace=False)
+    with torch.no_grad():
+        assert relative_rms(traced(IMAGES), model(IMAGES)) <= 1e-9
+
+
+def test_meta_device_gives_shapes(timm):
+    _, fast = make(timm, **OPTIONS["padded"])
+    fast = fast.to("meta")
+    assert fast(torch.empty(5, 3, 60, 60, device="meta")).shape == (5, 10)
+
+
+def test_fake_tensors_give_shapes(timm):
+    model, _ = make(timm)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fast = swinfast.optimize(model.float())
+        assert fast(mode.from_tensor(IMAGES.float())).shape == (3, 10)

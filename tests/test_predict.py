@@ -1,0 +1,272 @@
+"""Finding image files and classifying them: find_images and Predictor."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_images, write_image
+from PIL import Image
+from torch import nn
+
+import swinfast
+from swinfast.predict import find_images, imagenet_labels
+
+
+@pytest.fixture
+def images(tmp_path) -> list[Path]:
+    return [write_image(tmp_path / f"image_{seed}.png", seed, size=(36, 40 + seed)) for seed in range(7)]
+
+
+@pytest.fixture(scope="module")
+def model(model_folder) -> nn.Module:
+    return swinfast.create_model(str(model_folder)).eval()
+
+
+class TestFindImages:
+    @pytest.fixture(autouse=True)
+    def here(self, tmp_path, monkeypatch):
+        for name in ("b.png", "a.JPG", "sub/c.jpeg", "sub/deep/d.webp", "sub/e.bmp"):
+            write_image(tmp_path / "photos" / name)
+        for name in ("notes.txt", "clip.mp4", "paper.pdf", "no_ending"):
+            (tmp_path / "photos" / name).touch()
+        (tmp_path / "photos" / "folder.png").mkdir()
+        monkeypatch.chdir(tmp_path)
+
+    def test_folder(self):
+        found = find_images(["photos"])
+        names = ("a.JPG", "b.png", "sub/c.jpeg", "sub/deep/d.webp", "sub/e.bmp")
+        assert found == [str(Path("photos", name)) for name in names]
+
+    @pytest.mark.parametrize(
+        "pattern, expected",
+        [
+            ("photos/*.png", ["photos/b.png"]),
+            ("photos/**/*.[jw]*", ["photos/sub/c.jpeg", "photos/sub/deep/d.webp"]),
+            ("photos/sub/?.*", ["photos/sub/c.jpeg", "photos/sub/e.bmp"]),
+            ("photos/*.txt", ["photos/notes.txt"]),
+            ("photos/*.none", ["photos/*.none"]),
+        ],
+        ids=["star", "recursive", "question mark", "no image, but asked for", "no match"],
+    )
+    def test_pattern(self, pattern, expected):
+        assert find_images([pattern]) == [str(Path(path)) for path in expected]
+
+    def test_absolute_pattern(self, tmp_path):
+        assert find_images([f"{tmp_path}/photos/sub/*.bmp"]) == [str(tmp_path / "photos/sub/e.bmp")]
+
+    def test_several_in_the_order_given(self):
+        paths = ["photos/sub/e.bmp", Path("photos/sub/deep"), "nothing.png", "photos/b*", "photos/sub/e.bmp"]
+        found = find_images(paths)
+        assert [Path(path).name for path in found] == ["e.bmp", "d.webp", "nothing.png", "b.png", "e.bmp"]
+
+    def test_brackets_in_the_name_of_a_file(self):
+        write_image(Path("photos/x[1].png"))
+        assert find_images(["photos/x[1].png"]) == ["photos/x[1].png"]
+
+    def test_none(self):
+        Path("empty").mkdir()
+        assert find_images(["empty"]) == []
+        assert find_images([]) == []
+
+    @pytest.mark.parametrize("ending", ["mpo", "tif", "gif", "avif", "ppm", "JPEG"])
+    def test_readable_endings(self, ending):
+        Path("more").mkdir()
+        Path(f"more/x.{ending}").touch()
+        assert find_images(["more"]) == [str(Path(f"more/x.{ending}"))]
+
+
+def test_top_classes_are_the_models(model, images):
+    predictor = swinfast.Predictor(model, batch_size=3, topk=4, device="cpu")
+    results = list(predictor.predict(images))
+    assert [result.filename for result in results] == [str(file) for file in images]
+    transform = swinfast.transform_of(model)
+    with torch.no_grad():
+        logits = model(torch.stack([transform.load(file) for file in images]))
+    assert len({result.indices for result in results}) > 1
+    for result, row in zip(results, logits.softmax(dim=-1), strict=True):
+        expected = row.sort(descending=True)
+        assert list(result.indices) == expected.indices[:4].tolist()
+        assert list(result.probabilities) == pytest.approx(expected.values[:4].tolist(), abs=1e-5)
+        assert result.labels == tuple(f"class {index}" for index in result.indices)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
+def test_batch_size_does_not_matter(model, images, batch_size):
+    expected = list(swinfast.Predictor(model, batch_size=3).predict(images))
+    for result, other in zip(swinfast.Predictor(model, batch_size=batch_size).predict(images), expected, strict=True):
+        assert (result.filename, result.indices, result.labels) == (other.filename, other.indices, other.labels)
+        assert result.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 32])
+def test_failures_are_in_their_places(model, images, bad_images, batch_size):
+    bad = bad_images
+    files = [bad["text"], images[0], bad["empty"], images[1], images[2], bad["cut"], bad["missing"], images[3]]
+    results = list(swinfast.Predictor(model, batch_size=batch_size).predict(map(str, files)))
+    assert [result.filename for result in results] == [str(file) for file in files]
+    reasons = {Path(r.filename).stem: r.reason for r in results if isinstance(r, swinfast.Failure)}
+    assert set(reasons) == set(bad)
+    assert "cannot identify image file" in reasons["text"]
+    assert "cannot identify image file" in reasons["empty"]
+    assert "truncated" in reasons["cut"]
+    assert reasons["missing"].startswith("FileNotFoundError")
+    alone = list(swinfast.Predictor(model, batch_size=batch_size).predict(images[:4]))
+    good = [result for result in results if isinstance(result, swinfast.Prediction)]
+    for result, expected in zip(good, alone, strict=True):
+        assert (result.filename, result.indices) == (expected.filename, expected.indices)
+        assert result.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, IndexError, MemoryError, Image.DecompressionBombError, SyntaxError])
+def test_any_error_of_a_decoder_is_a_failure(model, images, monkeypatch, error):
+    opened = Image.open
+
+    def fail(path, *args, **kwargs):
+        if Path(path) == images[1]:
+            raise error("damaged")
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Image, "open", fail)
+    results = list(swinfast.Predictor(model).predict(images))
+    assert [isinstance(result, swinfast.Failure) for result in results] == [index == 1 for index in range(7)]
+    assert results[1].reason == f"{error.__name__}: damaged"
+
+
+def test_files_are_taken_as_they_are_needed(model, images):
+    """Neither the list of files nor the decoded images need fit in memory."""
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            assert taken < 1000, "files are taken without end"
+            yield images[taken % 7]
+
+    results = swinfast.Predictor(model, batch_size=2).predict(endless())
+    for _ in range(9):
+        next(results)
+    results.close()
+    assert 9 <= taken <= 9 + 3 * 2
+
+
+def test_no_files(model):
+    assert list(swinfast.Predictor(model).predict([])) == []
+
+
+def test_topk_beyond_the_classes(model, images):
+    (result,) = swinfast.Predictor(model, topk=50).predict(images[:1])
+    assert sorted(result.indices) == list(range(10))
+    assert sum(result.probabilities) == pytest.approx(1, abs=1e-5)
+    assert list(result.probabilities) == sorted(result.probabilities, reverse=True)
+
+
+def test_call_on_tensors(model):
+    predictor = swinfast.Predictor(model, topk=3)
+    x = random_images(5, 3, 32, 32)
+    probabilities, indices = predictor(x)
+    with torch.no_grad():
+        expected = model(x).softmax(dim=-1).topk(3)
+    assert torch.equal(indices, expected.indices)
+    torch.testing.assert_close(probabilities, expected.values, rtol=1e-4, atol=1e-6)
+
+
+def test_call_on_uint8(model):
+    """Pixels 0..255 are normalised by the model."""
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    transform = swinfast.transform_of(model)
+    prepared = torch.stack([transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in pixels])
+    predictor = swinfast.Predictor(model, topk=10)
+    (got, indices), (expected, expected_indices) = predictor(pixels), predictor(prepared)
+    assert torch.equal(indices, expected_indices)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_plain_or_optimized_model_is_left_as_it_is(model, images):
+    plain = swinfast.create_model("swinv2_cr_tiny_224", img_size=32, num_classes=3, depths=(1,), num_heads=(3,))
+    for given in (plain, swinfast.optimize(model)):
+        given.train()
+        before = type(given.stages[0]), [value.clone() for value in given.state_dict().values()]
+        results = list(swinfast.Predictor(given, dtype=torch.float64).predict(images[:2]))
+        assert all(isinstance(result, swinfast.Prediction) for result in results)
+        assert given.training
+        assert type(given.stages[0]) is before[0]
+        assert all(torch.equal(*pair) for pair in zip(given.state_dict().values(), before[1], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_dtype(model, images, dtype):
+    expected = list(swinfast.Predictor(model, topk=10).predict(images))
+    predictor = swinfast.Predictor(model, topk=10, dtype=dtype)
+    assert {parameter.dtype for parameter in predictor.model.parameters()} == {dtype}
+    for result, other in zip(predictor.predict(images), expected, strict=True):
+        by_class = dict(zip(result.indices, result.probabilities, strict=True))
+        assert [by_class[index] for index in other.indices] == pytest.approx(other.probabilities, abs=0.05)
+
+
+class TestLabels:
+    def small(self, num_classes: int, **config) -> nn.Module:
+        model = swinfast.create_model(
+            "swinv2_cr_tiny_224", img_size=32, num_classes=num_classes, depths=(1,), num_heads=(3,)
+        )
+        model.pretrained_cfg = model.pretrained_cfg | config
+        return model
+
+    def test_of_the_model(self):
+        assert swinfast.Predictor(self.small(2, label_names=["cat", "dog"])).labels == ("cat", "dog")
+
+    def test_given(self):
+        model = self.small(2, label_names=["cat", "dog"])
+        assert swinfast.Predictor(model, labels=["a", "b"]).labels == ("a", "b")
+
+    def test_of_imagenet(self):
+        labels = swinfast.Predictor(self.small(1000)).labels
+        assert labels == imagenet_labels()
+        assert len(labels) == 1000
+        for index, name in {0: "tench", 1: "goldfish", 207: "golden retriever", 281: "tabby", 999: "toilet"}.items():
+            assert name in labels[index]
+        assert all(label.strip() for label in labels)
+
+    def test_numbers_otherwise(self):
+        assert swinfast.Predictor(self.small(3)).labels == ("0", "1", "2")
+        assert swinfast.Predictor(self.small(3, label_names=["too", "few"])).labels == ("0", "1", "2")
+
+    def test_wrong_number(self):
+        with pytest.raises(ValueError, match="labels must name each of the 3 classes, got 2 names"):
+            swinfast.Predictor(self.small(3), labels=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"topk": 0}, ValueError, "topk must be at least 1, got 0"),
+        ({"dtype": torch.int8}, ValueError, "dtype must be one of .* or None, got torch.int8"),
+        ({"dtype": "float32"}, ValueError, "got 'float32'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'torch', 'triton', got 'cuda'"),
+        ({"device": "toaster"}, RuntimeError, "toaster"),
+        ({"device": "cuda:77"}, RuntimeError, "device 'cuda:77' is not available here: "),
+    ],
+    ids=["batch_size", "topk", "dtype", "dtype by name", "backend", "unknown device", "missing device"],
+)
+def test_error_for_wrong_options(model, options, error, message):
+    with pytest.raises(error, match=message):
+        swinfast.Predictor(model, **options)
+
+
+def test_error_for_wrong_models():
+    for options in ({"num_classes": 0}, {"features_only": True}):
+        model = swinfast.create_model("swinv2_cr_tiny_224", **options, device="meta")
+        with pytest.raises(ValueError, match="model must be a classifier"):
+            swinfast.Predictor(model)
+    with pytest.raises(ValueError, match="model must be a classifier, Linear has num_classes=0"):
+        swinfast.Predictor(nn.Linear(2, 2))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_filename_that_is_no_text(model, tmp_path):
+    file = write_image(tmp_path / os.fsdecode(b"caf\xe9.png"))
+    (result,) = swinfast.Predictor(model).predict(find_images([tmp_path]))
+    assert result.filename == str(file)

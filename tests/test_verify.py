@@ -1,0 +1,178 @@
+"""verify passes what is right and fails every kernel that is wrong in a way a kernel can be."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_images, randomise, small_model_args
+
+import swinfast
+from swinfast import torch_backend
+
+IMAGES = random_images(4, 3, 64, 64)
+
+
+@pytest.fixture
+def model(timm):
+    """With logit scales near the clamp in some heads, so that a wrong mask, scale or clamp changes the answer."""
+    return randomise(timm.create_model("swinv2_cr_tiny_224", **small_model_args(extra_norm_stage=True))).eval()
+
+
+def replace_tables(**changes):
+    """A mutant that derives wrong tables: each change maps a block's table of that name."""
+
+    def mutate(monkeypatch):
+        original = torch_backend._derive_block
+
+        def derive(block, *arguments):
+            tables = original(block, *arguments)
+            return tables._replace(**{key: change(getattr(tables, key), block) for key, change in changes.items()})
+
+        monkeypatch.setattr(torch_backend, "_derive_block", derive)
+
+    return mutate
+
+
+def replace_function(name, make):
+    """A mutant with another function in the backend."""
+
+    def mutate(monkeypatch):
+        monkeypatch.setattr(torch_backend, name, make(getattr(torch_backend, name)))
+
+    return mutate
+
+
+def unclamped(scale, block):
+    exact = block.logit_scale_owner.logit_scale.exp()
+    return torch.stack([exact, torch.ones_like(exact)])[:, :, None, None]
+
+
+def without_norm(attention):
+    """Attention whose q and k are taken as they are: a vector_norm of one."""
+
+    def attend(*arguments):
+        norm = torch.linalg.vector_norm
+        torch.linalg.vector_norm = lambda x, **keywords: torch.ones_like(x[..., :1])
+        try:
+            return attention(*arguments)
+        finally:
+            torch.linalg.vector_norm = norm
+
+    return attend
+
+
+def tanh_gelu(linear, block):
+    return lambda x: F.gelu(F.linear(x, block.fc1.weight, block.fc1.bias), approximate="tanh")
+
+
+def swapped_merging(merge):
+    def index(size, order, device):
+        return merge(size, order, device).view(-1, 2, 2).transpose(1, 2).flatten()
+
+    return index
+
+
+def unmasked(bias, block):
+    return bias if bias.dim() == 3 else bias[:1].expand_as(bias)
+
+
+MUTANTS = {
+    "no mask": replace_tables(bias=unmasked),
+    "row and column masks swapped": replace_tables(bias=lambda b, _: b if b.dim() == 3 else b[[0, 2, 1, 3]]),
+    "no bias": replace_tables(bias=lambda b, _: torch.zeros_like(b)),
+    "bias transposed": replace_tables(bias=lambda b, _: b.transpose(-1, -2)),
+    "no logit scale": replace_tables(scale=lambda s, _: torch.ones_like(s)),
+    "no clamp": replace_tables(scale=unclamped),
+    "wrong eps": replace_tables(norm1=lambda n, _: (*n[:2], 1e-6)),
+    "wrong eps after the MLP": replace_tables(norm2=lambda n, _: (*n[:2], 1e-6)),
+    "no second norm": replace_tables(norm3=lambda n, _: None),
+    "tanh GELU": replace_tables(fc1_gelu=tanh_gelu),
+    "no q and k norm": replace_function("_attention", without_norm),
+    "residual dropped": replace_function("_norm_residual", lambda f: lambda x, n, r: f(x, n, torch.zeros_like(r))),
+    "residual doubled": replace_function("_norm_residual", lambda f: lambda x, n, r: f(x, n, 2 * r)),
+    "shift off by one": replace_function(
+        "_stream_order", lambda f: lambda b, s: f(b._replace(shift=tuple(max(i - 1, 0) for i in b.shift)), s)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_kernel_fails(model, monkeypatch, name):
+    assert swinfast.verify(model, swinfast.optimize(model), IMAGES).passed
+    MUTANTS[name](monkeypatch)
+    outcome = swinfast.verify(model, swinfast.optimize(model), IMAGES)
+    assert not outcome.passed, outcome
+    assert "error" in outcome.reason
+
+
+def test_merging_in_another_channel_order_fails(model, monkeypatch):
+    monkeypatch.setattr(torch_backend.window_order, "merge", swapped_merging(torch_backend.window_order.merge))
+    assert not swinfast.verify(model, swinfast.optimize(model), IMAGES).passed
+
+
+def test_padded_keys_left_out_fails(timm, monkeypatch):
+    model = randomise(timm.create_model("swinv2_cr_tiny_224", **small_model_args(window_size=7))).eval()
+    fast = swinfast.optimize(model)
+    assert swinfast.verify(model, fast, IMAGES).passed
+    add_bias = torch_backend._add_bias
+
+    def masked(logits, bias):
+        add_bias(logits, bias)
+        logits[:, -1, :, :, :, -7:] = -math.inf  # the last row of the last row of windows is padding
+
+    monkeypatch.setattr(torch_backend, "_add_bias", masked)
+    assert not swinfast.verify(model, fast, IMAGES).passed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_nan_where_there_is_none(model, dtype):
+    fast = swinfast.optimize(model, dtype=dtype)
+    with torch.no_grad():
+        fast.head.fc.bias[3] = float("nan")
+    outcome = swinfast.verify(model, fast, IMAGES)
+    assert not outcome.passed
+    assert "NaN or infinity" in outcome.reason
+
+
+def test_what_it_returns(model):
+    outcome = swinfast.verify(model, swinfast.optimize(model), IMAGES)
+    assert outcome.passed
+    assert outcome.reason == ""
+    assert outcome.top1_agreement == 1.0
+    assert 0 < outcome.fast.relative_rms < outcome.fast.relative_max < 1e-4
+    assert outcome.fast.max > 0
+    assert str(outcome).startswith("passed (float32): relative RMS error ")
+
+
+def test_top1_agreement_counts(model):
+    fast = swinfast.optimize(model)
+    with torch.no_grad():
+        logits = model(IMAGES)
+        fast.head.fc.bias[:] += torch.linspace(30, 0, 10)
+        expected = (fast(IMAGES).argmax(-1) == logits.argmax(-1)).float().mean().item()
+    outcome = swinfast.verify(model, fast, IMAGES)
+    assert expected < 1
+    assert outcome.top1_agreement == pytest.approx(expected)
+    assert str(outcome).startswith("FAILED: ")
+
+
+def test_feature_maps(timm):
+    options = small_model_args(features_only=True)
+    del options["num_classes"]
+    model = randomise(timm.create_model("swinv2_cr_tiny_224", **options)).eval()
+    outcome = swinfast.verify(model, swinfast.optimize(model), IMAGES)
+    assert outcome.passed
+    assert outcome.top1_agreement is None
+
+
+def test_wrong_arguments(model):
+    fast = swinfast.optimize(model)
+    with pytest.raises(ValueError, match=r"images must be floating-point, got torch\.uint8"):
+        swinfast.verify(model, fast, torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"call fast\.eval"):
+        swinfast.verify(model, copy.deepcopy(fast).train(), IMAGES)
+    fast.reset_classifier(0)
+    with pytest.raises(ValueError, match="different parameters"):
+        swinfast.verify(model, fast, IMAGES)
