@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=["swinfast", "swinfast.kernels", "swinfast.reference"],
     package_dir={"swinfast": "swinfast", "swinfast.kernels": "kernels", "swinfast.reference": "reference"},
-    package_data={"swinfast": ["imagenet_classes.txt"]},
+    package_data={"swinfast": ["imagenet_classes.txt"], "swinfast.kernels": ["configs/*.json"]},
     entry_points={"console_scripts": ["swinfast = swinfast.cli:main"]},
     install_requires=[
         "numpy",

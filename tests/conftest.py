@@ -1,12 +1,17 @@
 """Fixtures of all tests."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before Triton is imported: kernels then run on the CPU, in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from helpers import randomise, write_image
 from safetensors.torch import save_file
 from swinfast.reference import SwinTransformerV2Cr

@@ -1,0 +1,79 @@
+"""Which tile sizes, warps and pipeline stages a kernel is launched with, and which kernels a stage is made of.
+
+Nothing is tuned at run time: the choices are rows of configs/<architecture>.json, the first that matches wins, and
+configs/default.json covers what an architecture's own table does not. Each row says where it came from.
+"""
+
+import json
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FOLDER = Path(__file__).with_name("configs")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+
+
+class Config(NamedTuple):
+    """One choice.
+
+    Attributes:
+        blocks: Tile sizes by the names of the kernel's constexprs; for a form, which kernel ("use").
+        num_warps, num_stages: As Triton takes them.
+        source: Where the choice came from.
+    """
+
+    blocks: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    source: str
+
+
+@lru_cache(maxsize=4096)
+def config(kernel: str, arch: str, precision: str, **shape: int) -> Config:
+    """The configuration of a kernel for a shape.
+
+    Args:
+        kernel: The kernel's name, or that of a part of a stage that several kernels can compute ("attention_half").
+        arch: sm_90, gfx942, …
+        precision: float16, bfloat16, float32 or tf32.
+        shape: Sizes that rows are matched by: channels, tokens, …
+
+    Raises:
+        KeyError: Not even the default table has a row that matches.
+    """
+    for table in (arch, "default"):
+        for row in rows(table):
+            if row["kernel"] == kernel and precision in row["precision"] and _matches(row.get("when", {}), shape):
+                return Config(row.get("blocks", {}), row.get("num_warps", 4), row.get("num_stages", 1), row["source"])
+    raise KeyError(f"no configuration of {kernel} for {precision} on {arch} with {shape}")
+
+
+@cache
+def rows(table: str) -> list[dict]:
+    """The rows of one table, none for an architecture that has no table."""
+    file = FOLDER / f"{table}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def _matches(when: dict[str, Any], shape: dict[str, int]) -> bool:
+    """Whether a shape fits a row: {"channels": 96}, {"channels": [96, 128]} or, for at most, {"channels_max": 128}."""
+    for key, wanted in when.items():
+        if key.endswith("_max"):
+            if shape[key.removesuffix("_max")] > wanted:
+                return False
+        elif shape[key] not in (wanted if isinstance(wanted, list) else [wanted]):
+            return False
+    return True
+
+
+def columns(channels: int, largest: int = 4096) -> tuple[int, int]:
+    """How a row of channels is cut into one to three tiles of a power of two: (tile, tiles), the fewest wasted.
+
+    96 * 2^k channels are three tiles with nothing wasted.
+    """
+    choices = []
+    for count in (1, 2, 3):
+        tile = max(16, 1 << (-(-channels // count) - 1).bit_length())
+        choices.append((tile * count, count, tile))
+    _, count, tile = min(choice for choice in choices if choice[2] <= largest)
+    return tile, count

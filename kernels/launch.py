@@ -1,0 +1,188 @@
+"""What every launcher shares: checks of arguments, the launch itself, and registration as an operator.
+
+A launcher is a plain function from tensors to a tensor that checks, allocates and launches. ``@operator`` also makes
+it ``torch.ops.swinfast.<name>`` for tracing, with itself as the fake implementation: on meta and fake tensors a launch
+does nothing.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .configs import Config
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_ROWS = 2**31 - 2**16  # row numbers are 32-bit integers, offsets 64-bit
+INTERPRETED = triton.knobs.runtime.interpret
+_LIBRARY = torch.library.Library("swinfast", "FRAGMENT")
+
+
+class Launch(NamedTuple):
+    """One launch as ``record`` keeps it."""
+
+    kernel: Any
+    args: tuple  # tensors and integers, in the order of the kernel's parameters
+    constants: dict[str, Any]
+    config: Config
+
+
+_recording: list[Launch] | None = None
+_recorded_arch: str | None = None
+
+
+@contextmanager
+def record(arch: str) -> Iterator[list[Launch]]:
+    """Collect launches on meta tensors, as they would be on an architecture, in place of ignoring them."""
+    global _recording, _recorded_arch
+    before = _recording, _recorded_arch
+    _recording, _recorded_arch = [], arch
+    try:
+        yield _recording
+    finally:
+        _recording, _recorded_arch = before
+
+
+def arch_of(device: torch.device) -> str:
+    """The name of a device's architecture: sm_90, gfx942, … What has none is treated as sm_90."""
+    if _recorded_arch is not None:
+        return _recorded_arch
+    return _arch(device) if device.type == "cuda" else "sm_90"
+
+
+@functools.lru_cache
+def _arch(device: torch.device) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def launch(kernel: Any, programs: int, *args: Any, config: Config, **constants: Any) -> None:
+    """Launch a kernel in a row of programs. The first of args is a tensor, the constants are its constexprs."""
+    tensor = args[0]
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        if _recording is not None:
+            _recording.append(Launch(kernel, args, constants, config))
+        return
+    if not programs:
+        return
+    if tensor.is_cuda:
+        here = tensor.device.index == torch.cuda.current_device()
+        context = nullcontext() if here else torch.cuda.device(tensor.device)
+    elif INTERPRETED:
+        context = nullcontext()
+    else:
+        raise RuntimeError(
+            f"Triton kernels run on a GPU, got tensors on {tensor.device}; "
+            "on a CPU they run only in Triton's interpreter, with TRITON_INTERPRET=1 set before triton is imported"
+        )
+    with context:
+        kernel[(programs,)](*args, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How a product of two tiles is computed: TF32 for float32 where PyTorch's own setting allows it."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """The name that tables of configurations have for a dtype: float16, bfloat16, float32 or tf32."""
+    return "tf32" if precision(dtype) == "tf32" else str(dtype).removeprefix("torch.")
+
+
+def check(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
+    """Refuse a tensor that is not contiguous or not of a shape (None: any size), or has another dtype or device.
+
+    Raises:
+        ValueError: It names the argument, what came and what was expected.
+    """
+    fits = tensor.dim() == len(shape) and all(
+        want is None or got == want for got, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {list(tensor.shape)}")
+    if like is None:
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
+        return
+    if tensor.dtype != like.dtype:
+        raise ValueError(f"{name} must be {like.dtype} as the other arguments, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} as the other arguments, got {tensor.device}")
+
+
+def check_vectors(channels: int, like: Tensor, **vectors: Tensor | None) -> None:
+    """Check that each vector is [channels]; None stands for one that is left out."""
+    for name, vector in vectors.items():
+        if vector is not None:
+            check(name, vector, (channels,), like=like)
+
+
+def check_extra_norm(channels: int, like: Tensor, extra_weight: Tensor | None, extra_bias: Tensor | None) -> bool:
+    """Whether there is a second LayerNorm, whose two vectors are checked."""
+    if (extra_weight is None) != (extra_bias is None):
+        given, missing = ("extra_weight", "extra_bias")[:: 1 if extra_bias is None else -1]
+        raise ValueError(f"{given} and {missing} must be given together, got {given} alone")
+    check_vectors(channels, like, extra_weight=extra_weight, extra_bias=extra_bias)
+    return extra_weight is not None
+
+
+def check_rows(name: str, rows: int) -> None:
+    """Refuse more rows than 32-bit row numbers can count."""
+    if isinstance(rows, int) and rows > LARGEST_ROWS:  # a symbolic number is checked when it is known
+        raise ValueError(f"{name} must have at most {LARGEST_ROWS} rows, got {rows}")
+
+
+def operator(launcher: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Register a launcher as ``torch.ops.swinfast.<its name>``, with a fake and an autocast rule.
+
+    The function that is returned calls the launcher itself in plain eager calls, which is quicker, and the operator
+    wherever something must see it: tracing, dispatch modes, tensor subclasses, autocast, grad mode.
+    """
+    name = launcher.__name__
+    op = torch.library.custom_op(f"swinfast::{name}", launcher, mutates_args=())
+    op.register_fake(launcher)
+    for device in ("cpu", "cuda"):
+        _LIBRARY.impl(name, _autocast_rule(name, device), f"Autocast{device.upper()}")
+
+    @functools.wraps(launcher)
+    def call(*args, **kwargs):
+        first = args[0]
+        plain = (
+            not torch.is_grad_enabled()
+            and type(first) in (Tensor, nn.Parameter)
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not torch._C._len_torch_dispatch_stack()
+            and not torch.is_autocast_enabled(first.device.type)
+        )
+        return launcher(*args, **kwargs) if plain else op(*args, **kwargs)
+
+    return call
+
+
+def _autocast_rule(name: str, device: str) -> Callable[..., Tensor]:
+    """Floating-point tensors in the dtype of the autocast region, as for a linear layer."""
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        eligible = isinstance(value, Tensor) and value.dtype in DTYPES and value.device.type == device
+        return value.to(dtype) if eligible else value
+
+    def rule(*args, **kwargs):
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            args = [cast(value, dtype) for value in args]
+            return getattr(torch.ops.swinfast, name)(*args, **{k: cast(v, dtype) for k, v in kwargs.items()})
+
+    return rule

@@ -1,0 +1,97 @@
+"""linear: y = x W^T + b, then GELU where asked for.
+
+    x [rows, K], W [N, K] as torch.nn.Linear keeps it, b [N] or None, y [rows, N]; sums in float32.
+
+GELU is the exact (erf) form in float32 and within an eighth of a rounding of it in 16 bits (tiles.gelu).
+Definition: reference.ops.linear.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import config
+from .launch import arch_of, check, check_rows, check_vectors, launch, operator, precision, precision_name
+from .tiles import dot, gelu, load_transposed
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear_kernel(
+    x,  # [rows, K]
+    weight,  # [N, K]
+    bias,  # [N]
+    out,  # [rows, N]
+    rows,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    EXACT_GELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # neighbouring programs share a block of x, which is read once; all of the weights stay in the L2 cache
+    program = tl.program_id(0)
+    blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    row = (program // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = (program % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = row < rows
+    x_rows = x + row.to(tl.int64)[:, None] * K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        mask = inside[:, None]
+        if K % BLOCK_K != 0:
+            mask = mask & (k < K)[None, :]
+        tile = tl.load(x_rows + k[None, :], mask=mask, other=0.0)
+        w = load_transposed(weight, column, k, N, K, N % BLOCK_N == 0 and K % BLOCK_K == 0)
+        acc = dot(tile, w, acc, PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    if GELU:
+        acc = gelu(acc, EXACT_GELU)
+    out_rows = out + row.to(tl.int64)[:, None] * N
+    tl.store(out_rows + column[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (column < N)[None, :])
+
+
+@operator
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """x W^T + b, then GELU where asked for.
+
+    Args:
+        x: [..., K], float16, bfloat16 or float32, contiguous.
+        weight: [N, K].
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in the dtype of x.
+
+    Raises:
+        ValueError: A tensor of another shape, dtype or device, or not contiguous.
+    """
+    columns, k = weight.shape
+    check("x", x, (*x.shape[:-1], k))
+    check("weight", weight, (columns, k), like=x)
+    check_vectors(columns, x, bias=bias)
+    rows = x.numel() // k
+    check_rows("x", rows)
+    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
+    chosen = config("linear", arch_of(x.device), precision_name(x.dtype), k=k, n=columns)
+    block_m, block_n = chosen.blocks["BLOCK_M"], chosen.blocks["BLOCK_N"]
+    launch(
+        _linear_kernel,
+        triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n),
+        *(x, weight, weight if bias is None else bias, out, rows),
+        N=columns,
+        K=k,
+        HAS_BIAS=bias is not None,
+        GELU=gelu,
+        EXACT_GELU=x.dtype == torch.float32,
+        PRECISION=precision(x.dtype),
+        config=chosen,
+        **chosen.blocks,
+    )
+    return out

@@ -1,0 +1,141 @@
+"""mlp_block: y = x + LN(fc2(GELU(fc1 x))), then a second LayerNorm on the sum where a block has one.
+
+    x and y [rows, C], fc1 [hidden, C], fc2 [C, hidden]; sums, GELU and norms in float32.
+
+One program keeps whole rows of x and of the result and goes through the hidden layer in chunks, so the hidden
+activations never leave it. That is for few channels; for more, linear, linear and norm_residual.
+Definition: reference.ops.mlp_block.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import columns, config
+from .launch import (
+    arch_of,
+    check,
+    check_extra_norm,
+    check_rows,
+    check_vectors,
+    launch,
+    operator,
+    precision,
+    precision_name,
+)
+from .tiles import add_rows, add_vector, dot, gelu, layer_norm, load_rows, load_transposed, store_rows, zeros
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _mlp_block_kernel(
+    x,  # [rows, C]
+    fc1_weight,  # [HIDDEN, C]
+    fc1_bias,  # [HIDDEN]
+    fc2_weight,  # [C, HIDDEN]
+    fc2_bias,  # [C]
+    norm_weight,  # [C]
+    norm_bias,  # [C]
+    extra_weight,  # [C]
+    extra_bias,  # [C]
+    out,  # [rows, C]
+    rows,
+    eps,
+    extra_eps,
+    C: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TILE: tl.constexpr,
+    COUNT: tl.constexpr,
+    EXTRA_NORM: tl.constexpr,
+    EXACT_GELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    WHOLE: tl.constexpr = TILE * COUNT == C and HIDDEN % BLOCK_HIDDEN == 0
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < rows
+    offset = row.to(tl.int64) * C
+    tiles = load_rows(x + offset, inside, C, TILE, COUNT)
+    acc = zeros(BLOCK_M, TILE, COUNT)
+    for start in range(0, HIDDEN, BLOCK_HIDDEN):
+        unit = start + tl.arange(0, BLOCK_HIDDEN)
+        hidden = tl.zeros((BLOCK_M, BLOCK_HIDDEN), tl.float32)
+        for i in tl.static_range(COUNT):
+            column = i * TILE + tl.arange(0, TILE)
+            w = load_transposed(fc1_weight, unit, column, HIDDEN, C, WHOLE)
+            hidden = dot(tiles[i], w, hidden, PRECISION)
+        hidden += tl.load(fc1_bias + unit, mask=unit < HIDDEN, other=0.0).to(tl.float32)[None, :]
+        activated = gelu(hidden, EXACT_GELU).to(x.dtype.element_ty)
+        summed = ()
+        for i in tl.static_range(COUNT):
+            column = i * TILE + tl.arange(0, TILE)
+            w = load_transposed(fc2_weight, column, unit, C, HIDDEN, WHOLE)
+            summed = summed + (dot(activated, w, acc[i], PRECISION),)
+        acc = summed
+    acc = add_vector(acc, fc2_bias, C, TILE, COUNT)
+    acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
+    acc = add_rows(acc, tiles, COUNT)
+    if EXTRA_NORM:
+        acc = layer_norm(acc, extra_weight, extra_bias, extra_eps, C, TILE, COUNT)
+    store_rows(out + offset, acc, inside, C, TILE, COUNT)
+
+
+@operator
+def mlp_block(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    extra_weight: Tensor | None = None,
+    extra_bias: Tensor | None = None,
+    extra_eps: float = 1e-5,
+) -> Tensor:
+    """x + LN(fc2(GELU(fc1 x))), then a second LayerNorm on the sum where extra_weight is given.
+
+    Args:
+        x: [..., C], float16, bfloat16 or float32, contiguous.
+        fc1_weight, fc1_bias: [hidden, C], [hidden].
+        fc2_weight, fc2_bias: [C, hidden], [C].
+        norm_weight, norm_bias, eps: LayerNorm over C.
+        extra_weight, extra_bias, extra_eps: Of the second LayerNorm.
+
+    Returns:
+        [..., C] in the dtype of x.
+
+    Raises:
+        ValueError: A tensor of another shape, dtype or device, or not contiguous.
+    """
+    hidden, channels = fc1_weight.shape
+    check("x", x, (*x.shape[:-1], channels))
+    check("fc1_weight", fc1_weight, (hidden, channels), like=x)
+    check("fc1_bias", fc1_bias, (hidden,), like=x)
+    check("fc2_weight", fc2_weight, (channels, hidden), like=x)
+    check_vectors(channels, x, fc2_bias=fc2_bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    has_extra = check_extra_norm(channels, x, extra_weight, extra_bias)
+    rows = x.numel() // channels
+    check_rows("x", rows)
+    out = torch.empty_like(x)
+    chosen = config("mlp_block", arch_of(x.device), precision_name(x.dtype), channels=channels)
+    tile, count = columns(channels)
+    launch(
+        _mlp_block_kernel,
+        triton.cdiv(rows, chosen.blocks["BLOCK_M"]),
+        *(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias),
+        *((extra_weight, extra_bias) if has_extra else (norm_weight, norm_bias)),
+        *(out, rows, eps, extra_eps),
+        C=channels,
+        HIDDEN=hidden,
+        TILE=tile,
+        COUNT=count,
+        EXTRA_NORM=has_extra,
+        EXACT_GELU=x.dtype == torch.float32,
+        PRECISION=precision(x.dtype),
+        config=chosen,
+        **chosen.blocks,
+    )
+    return out

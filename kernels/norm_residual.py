@@ -1,0 +1,101 @@
+"""norm_residual: y = r + LN(x), then a second LayerNorm on the sum where a block has one.
+
+    x, r and y [rows, C], any C up to 4096; norms in float32.
+
+Definition: reference.ops.norm_residual.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import columns, config
+from .launch import arch_of, check, check_extra_norm, check_rows, check_vectors, launch, operator, precision_name
+from .tiles import add_rows, layer_norm, load_rows, store_rows
+
+LARGEST_CHANNELS = 4096
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _norm_residual_kernel(
+    x,  # [rows, C]
+    norm_weight,  # [C]
+    norm_bias,  # [C]
+    residual,  # [rows, C]
+    extra_weight,  # [C]
+    extra_bias,  # [C]
+    out,  # [rows, C]
+    rows,
+    eps,
+    extra_eps,
+    C: tl.constexpr,
+    TILE: tl.constexpr,
+    COUNT: tl.constexpr,
+    EXTRA_NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < rows
+    offset = row.to(tl.int64) * C
+    loaded = load_rows(x + offset, inside, C, TILE, COUNT)
+    acc = ()
+    for i in tl.static_range(COUNT):
+        acc = acc + (loaded[i].to(tl.float32),)
+    acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
+    acc = add_rows(acc, load_rows(residual + offset, inside, C, TILE, COUNT), COUNT)
+    if EXTRA_NORM:
+        acc = layer_norm(acc, extra_weight, extra_bias, extra_eps, C, TILE, COUNT)
+    store_rows(out + offset, acc, inside, C, TILE, COUNT)
+
+
+@operator
+def norm_residual(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    residual: Tensor,
+    extra_weight: Tensor | None = None,
+    extra_bias: Tensor | None = None,
+    extra_eps: float = 1e-5,
+) -> Tensor:
+    """residual + LN(x), then a second LayerNorm on the sum where extra_weight is given.
+
+    Args:
+        x, residual: [..., C], float16, bfloat16 or float32, contiguous, C at most 4096.
+        norm_weight, norm_bias, eps: LayerNorm over C.
+        extra_weight, extra_bias, extra_eps: Of the second LayerNorm.
+
+    Returns:
+        [..., C] in the dtype of x.
+
+    Raises:
+        ValueError: A tensor of another shape, dtype or device, or not contiguous, or too many channels.
+    """
+    channels = x.shape[-1]
+    if channels > LARGEST_CHANNELS:
+        raise ValueError(f"x must have at most {LARGEST_CHANNELS} channels, got {channels}")
+    check("x", x, tuple(x.shape))
+    check("residual", residual, tuple(x.shape), like=x)
+    check_vectors(channels, x, norm_weight=norm_weight, norm_bias=norm_bias)
+    has_extra = check_extra_norm(channels, x, extra_weight, extra_bias)
+    rows = x.numel() // channels
+    check_rows("x", rows)
+    out = torch.empty_like(x)
+    chosen = config("norm_residual", arch_of(x.device), precision_name(x.dtype), channels=channels)
+    tile, count = columns(channels)
+    launch(
+        _norm_residual_kernel,
+        triton.cdiv(rows, chosen.blocks["BLOCK_M"]),
+        *(x, norm_weight, norm_bias, residual),
+        *((extra_weight, extra_bias) if has_extra else (norm_weight, norm_bias)),
+        *(out, rows, eps, extra_eps),
+        C=channels,
+        TILE=tile,
+        COUNT=count,
+        EXTRA_NORM=has_extra,
+        config=chosen,
+        **chosen.blocks,
+    )
+    return out

@@ -1,0 +1,153 @@
+"""patch_embed: images to embedded patches, y = LN(W patch + b), or without the norm.
+
+    images [B, in_chans, H, W] of any strides and dtype, W [C, in_chans, ph, pw], b [C], y [B, H // ph, W // pw, C]
+
+The convolution is a product of gathered patches with the weights: no patch overlaps another. Pixels become
+scale * pixel + shift per channel on their way, in float32, where a scale is given: that normalises uint8 images.
+Definition: reference.ops.patch_embed. Source: timm's PatchEmbed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import columns, config
+from .launch import arch_of, check, check_rows, check_vectors, launch, operator, precision, precision_name
+from .tiles import add_vector, dot, layer_norm, load_transposed, store_rows, zeros
+
+IMAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
+
+
+@triton.jit(do_not_specialize=["rows", "patches_h", "patches_w", "image_stride", "channel_stride", "row_stride"])
+def _patch_embed_kernel(
+    images,  # [B, in_chans, H, W], strided
+    scale,  # [in_chans], float32
+    shift,  # [in_chans], float32
+    weight,  # [C, in_chans, ph, pw]
+    bias,  # [C]
+    norm_weight,  # [C]
+    norm_bias,  # [C]
+    out,  # [B, patches_h, patches_w, C]
+    rows,
+    patches_h,
+    patches_w,
+    image_stride,
+    channel_stride,
+    row_stride,
+    column_stride,
+    eps,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    TILE: tl.constexpr,
+    COUNT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < rows
+    patch_column = row % patches_w
+    patch_row = (row // patches_w) % patches_h
+    image = row // patches_w // patches_h
+    corner = image.to(tl.int64) * image_stride
+    corner += (patch_row * PATCH_H).to(tl.int64) * row_stride + (patch_column * PATCH_W).to(tl.int64) * column_stride
+    acc = zeros(BLOCK_M, TILE, COUNT)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        channel = k // (PATCH_H * PATCH_W)
+        place = channel.to(tl.int64) * channel_stride
+        place += (k // PATCH_W % PATCH_H).to(tl.int64) * row_stride + (k % PATCH_W).to(tl.int64) * column_stride
+        mask = inside[:, None] & (k < K)[None, :]
+        pixels = tl.load(images + corner[:, None] + place[None, :], mask=mask, other=0)
+        if SCALED:
+            factor = tl.load(scale + channel, mask=k < K, other=0.0)
+            offset = tl.load(shift + channel, mask=k < K, other=0.0)
+            pixels = pixels.to(tl.float32) * factor[None, :] + offset[None, :]
+        pixels = pixels.to(weight.dtype.element_ty)
+        summed = ()
+        for i in tl.static_range(COUNT):
+            column = i * TILE + tl.arange(0, TILE)
+            w = load_transposed(weight, column, k, C, K, TILE * COUNT == C and K % BLOCK_K == 0)
+            summed = summed + (dot(pixels, w, acc[i], PRECISION),)
+        acc = summed
+    if HAS_BIAS:
+        acc = add_vector(acc, bias, C, TILE, COUNT)
+    if NORM:
+        acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
+    store_rows(out + row.to(tl.int64) * C, acc, inside, C, TILE, COUNT)
+
+
+@operator
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """Non-overlapping patches, linearly embedded, then LayerNorm where norm_weight is given.
+
+    Args:
+        images: [B, in_chans, H, W], float16, bfloat16, float32 or uint8, of any strides; what is left over after whole
+            patches is cut off.
+        weight, bias: [C, in_chans, ph, pw], [C] or None, float16, bfloat16 or float32, contiguous.
+        norm_weight, norm_bias, eps: LayerNorm over C.
+        scale, shift: [in_chans] each, float32: pixels become scale * pixel + shift.
+
+    Returns:
+        [B, H // ph, W // pw, C] in the dtype of weight.
+
+    Raises:
+        ValueError: A tensor of another shape, dtype or device, or parameters that are not contiguous.
+    """
+    channels, in_chans, patch_h, patch_w = weight.shape
+    check("weight", weight, (channels, in_chans, patch_h, patch_w))
+    check_vectors(channels, weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    if images.dim() != 4 or images.shape[1] != in_chans:
+        raise ValueError(f"images must have shape [B, {in_chans}, H, W], got {list(images.shape)}")
+    if images.dtype not in IMAGE_DTYPES or images.device != weight.device:
+        raise ValueError(
+            f"images must be float16, bfloat16, float32 or uint8 on {weight.device}, got {images.dtype} on {images.device}"
+        )
+    if (norm_weight is None) != (norm_bias is None) or (scale is None) != (shift is None):
+        raise ValueError("norm_weight and norm_bias, and scale and shift, must be given together")
+    for name, vector in (("scale", scale), ("shift", shift)):
+        if vector is not None and (tuple(vector.shape) != (in_chans,) or vector.dtype != torch.float32):
+            raise ValueError(f"{name} must be float32 [{in_chans}], got {vector.dtype} {list(vector.shape)}")
+    batch, patches_h, patches_w = images.shape[0], images.shape[2] // patch_h, images.shape[3] // patch_w
+    rows, k = batch * patches_h * patches_w, in_chans * patch_h * patch_w
+    check_rows("images", rows)
+    out = torch.empty((batch, patches_h, patches_w, channels), dtype=weight.dtype, device=weight.device)
+    chosen = config("patch_embed", arch_of(weight.device), precision_name(weight.dtype), channels=channels, k=k)
+    tile, count = columns(channels)
+    launch(
+        _patch_embed_kernel,
+        triton.cdiv(rows, chosen.blocks["BLOCK_M"]),
+        images,
+        *((weight, weight) if scale is None else (scale, shift)),
+        *(weight, weight if bias is None else bias),
+        *((weight, weight) if norm_weight is None else (norm_weight, norm_bias)),
+        *(out, rows, patches_h, patches_w, *images.stride(), eps),
+        C=channels,
+        K=k,
+        PATCH_H=patch_h,
+        PATCH_W=patch_w,
+        SCALED=scale is not None,
+        HAS_BIAS=bias is not None,
+        NORM=norm_weight is not None,
+        TILE=tile,
+        COUNT=count,
+        PRECISION=precision(weight.dtype),
+        config=chosen,
+        **chosen.blocks,
+    )
+    return out

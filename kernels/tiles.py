@@ -1,0 +1,122 @@
+"""Pieces of kernels: products, activation, LayerNorm and rows that are held as a tuple of tiles.
+
+A row of C channels that is no power of two is a tuple of COUNT tiles [rows, TILE] (see configs.columns); channels past
+C are zero.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, accumulated in float32."""
+    if INTERPRETED:  # Triton's interpreter multiplies the bit patterns of bfloat16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def gelu(x, EXACT: tl.constexpr):
+    """GELU of float32 values.
+
+    Not EXACT it is within 2.5e-5 of the erf form, an eighth of float16's rounding, for a third of the instructions:
+    x Phi(x) with Phi(x) = 1 / (1 + 2^(x p(x^2))), p fitted.
+    """
+    if EXACT:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        u = tl.minimum(x * x, 25.0)
+        r = tl.rsqrt(1.0 + tl.exp2(x * (-2.30112134 + u * (-0.10677572 + u * 0.00101426))))
+        y = x * r * r
+    return y
+
+
+@triton.jit
+def load_transposed(weight, n, k, N: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr):
+    """The tile [k, n] of W^T, for W stored as [N, K]; WHOLE says that no tile reaches past the edges."""
+    pointers = weight + n[None, :] * K + k[:, None]
+    if WHOLE:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
+    return tile
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr):
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros((ROWS, TILE), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def load_rows(rows, inside, C: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr):
+    """rows: pointers to the starts of rows; inside: which of them exist, the others are zero."""
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        columns = i * TILE + tl.arange(0, TILE)
+        mask = inside[:, None]
+        if COUNT * TILE > C:
+            mask = mask & (columns < C)[None, :]
+        tiles = tiles + (tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def store_rows(rows, tiles, inside, C: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr):
+    for i in tl.static_range(COUNT):
+        columns = i * TILE + tl.arange(0, TILE)
+        mask = inside[:, None]
+        if COUNT * TILE > C:
+            mask = mask & (columns < C)[None, :]
+        tl.store(rows[:, None] + columns[None, :], tiles[i].to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_vector(tiles, vector, C: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr):
+    """Add a vector [C] to every row, in float32."""
+    added = ()
+    for i in tl.static_range(COUNT):
+        columns = i * TILE + tl.arange(0, TILE)
+        values = tl.load(vector + columns, mask=columns < C, other=0.0).to(tl.float32)
+        added = added + (tiles[i] + values[None, :],)
+    return added
+
+
+@triton.jit
+def add_rows(tiles, others, COUNT: tl.constexpr):
+    added = ()
+    for i in tl.static_range(COUNT):
+        added = added + (tiles[i] + others[i].to(tl.float32),)
+    return added
+
+
+@triton.jit
+def layer_norm(tiles, weight, bias, eps, C: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr):
+    """LayerNorm of float32 rows, by the mean first and the squared deviations after."""
+    total = tl.sum(tiles[0], axis=1)
+    for i in tl.static_range(1, COUNT):
+        total += tl.sum(tiles[i], axis=1)
+    mean = total / C
+    squares = tl.zeros_like(mean)
+    deviations = ()
+    for i in tl.static_range(COUNT):
+        columns = i * TILE + tl.arange(0, TILE)
+        deviation = tiles[i] - mean[:, None]
+        if COUNT * TILE > C:
+            deviation = tl.where((columns < C)[None, :], deviation, 0.0)
+        squares += tl.sum(deviation * deviation, axis=1)
+        deviations = deviations + (deviation,)
+    rstd = tl.rsqrt(squares / C + eps)
+    normed = ()
+    for i in tl.static_range(COUNT):
+        columns = i * TILE + tl.arange(0, TILE)
+        w = tl.load(weight + columns, mask=columns < C, other=0.0).to(tl.float32)
+        b = tl.load(bias + columns, mask=columns < C, other=0.0).to(tl.float32)
+        normed = normed + (deviations[i] * rstd[:, None] * w[None, :] + b[None, :],)
+    return normed

@@ -1,0 +1,293 @@
+"""window_attention: scaled cosine attention inside (shifted) windows of a map.
+
+    y = softmax(s cos(q, k) + bias + mask) v    with s = exp(min(logit_scale, log 100)), per window and head
+
+    qkv [B, H, W, 3C], q, k and v one after the other, each (heads, C / heads); table from cpb_bias; y [B, H, W, C]
+
+The shift, the partition into windows, the padding to whole windows and their inverses are index arithmetic: the map is
+rolled by the shift first and padded after. A padded token is zero before the qkv projection, so its q, k and v are the
+projection's bias and it is an ordinary key. The products of q and k are of the raw values; their lengths divide the
+logits, in float32. More tokens than fit one block of keys go through the softmax block by block.
+Definition: reference.ops.window_attention. Source: arXiv:2111.09883, section 3.2, and timm's WindowMultiHeadAttention.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import Config, config
+from .launch import arch_of, check, check_rows, launch, operator, precision, precision_name
+from .tiles import dot
+
+LARGEST_HEAD_DIM = 64
+LARGEST_WINDOW = 576  # tokens
+SMALLEST_LENGTH = tl.constexpr(1e-12)  # of q and k, as in torch.nn.functional.normalize
+LARGEST_LOGIT_SCALE = tl.constexpr(4.605170185988092)  # log(100)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def window_tokens(
+    i,
+    window_row,
+    window_column,
+    height,
+    width,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    SHIFT_H: tl.constexpr,
+    SHIFT_W: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Where slot i of a window lies in the map: (token in raster order, whether it is in the map and the window)."""
+    row = window_row * WINDOW_H + i // WINDOW_W
+    column = window_column * WINDOW_W + i % WINDOW_W
+    inside = i < WINDOW_H * WINDOW_W
+    if PADDED:
+        inside = inside & (row < height) & (column < width)
+    if SHIFT_H > 0:
+        row += SHIFT_H
+        row = tl.where(row >= height, row - height, row)
+    if SHIFT_W > 0:
+        column += SHIFT_W
+        column = tl.where(column >= width, column - width, column)
+    return row * width + column, inside
+
+
+@triton.jit
+def reciprocal_length(x):
+    """1 / |x| of each row, in float32."""
+    x = x.to(tl.float32)
+    return tl.rsqrt(tl.maximum(tl.sum(x * x, axis=1), SMALLEST_LENGTH * SMALLEST_LENGTH))
+
+
+@triton.jit
+def softmax_scale(logit_scale):
+    """The factor of the cosines, in units of log2(e)."""
+    # NaN must pass: a plain minimum would replace it
+    scale = tl.minimum(logit_scale.to(tl.float32), LARGEST_LOGIT_SCALE, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(scale * LOG2_E) * LOG2_E
+
+
+@triton.jit
+def _load_head(rows, bias, inside, token, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr):
+    """One head's q, k or v [slots, BLOCK_D]; padded tokens get the projection's bias, slots past the window zero."""
+    d = tl.arange(0, BLOCK_D)
+    mask = inside[:, None]
+    if HEAD_DIM < BLOCK_D:
+        mask = mask & (d < HEAD_DIM)[None, :]
+    x = tl.load(rows[:, None] + d[None, :], mask=mask, other=0.0)
+    if PADDED:
+        fill = tl.load(bias + d, mask=d < HEAD_DIM, other=0.0)
+        x = tl.where((token & (inside == 0))[:, None], fill[None, :], x)
+    return x
+
+
+@triton.jit(do_not_specialize=["height", "width", "windows_h", "windows_w"])
+def _window_attention_kernel(
+    qkv,  # [B, H, W, 3C]
+    qkv_bias,  # [3C]
+    logit_scale,  # [HEADS]
+    table,  # [TYPES, HEADS, QUERIES, KEYS]
+    out,  # [B, H, W, C]
+    height,
+    width,
+    windows_h,
+    windows_w,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    SHIFT_H: tl.constexpr,
+    SHIFT_W: tl.constexpr,
+    PADDED: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    C: tl.constexpr = HEADS * HEAD_DIM
+    TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
+    WHOLE: tl.constexpr = KEYS - TAIL  # keys in blocks of BLOCK_N, then a tail
+    FIRST: tl.constexpr = BLOCK_N if WHOLE > 0 else TAIL
+
+    program = tl.program_id(0)
+    query_block = program % (QUERIES // BLOCK_M)
+    program = program // (QUERIES // BLOCK_M)
+    head = program % HEADS
+    window = program // HEADS
+    window_column = window % windows_w
+    window_row = (window // windows_w) % windows_h
+    image = window // windows_w // windows_h
+
+    qkv += image.to(tl.int64) * height * width * (3 * C) + head * HEAD_DIM
+    qkv_bias += head * HEAD_DIM
+    i = query_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    token, inside = window_tokens(
+        i, window_row, window_column, height, width, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED
+    )
+    q = _load_head(qkv + token.to(tl.int64) * (3 * C), qkv_bias, inside, i < TOKENS, HEAD_DIM, BLOCK_D, PADDED)
+    q_factor = reciprocal_length(q) * softmax_scale(tl.load(logit_scale + head))
+    table += (head * QUERIES + i)[:, None] * KEYS
+    if SHIFT_H > 0 or SHIFT_W > 0:
+        window_type = (window_row == windows_h - 1).to(tl.int32) + 2 * (window_column == windows_w - 1).to(tl.int32)
+        table += window_type * (HEADS * QUERIES * KEYS)
+
+    logits, v = _logits(
+        0, q, q_factor, qkv, qkv_bias, table, window_row, window_column, height, width,
+        C, HEAD_DIM, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, BLOCK_D, PRECISION, FIRST,
+    )  # fmt: skip
+    largest = tl.max(logits, axis=1)
+    p = tl.exp2(logits - largest[:, None])
+    total = tl.sum(p, axis=1)
+    acc = dot(p.to(v.dtype), v, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
+    for start in range(FIRST, WHOLE, BLOCK_N):
+        logits, v = _logits(
+            start, q, q_factor, qkv, qkv_bias, table, window_row, window_column, height, width,
+            C, HEAD_DIM, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, BLOCK_D, PRECISION, BLOCK_N,
+        )  # fmt: skip
+        acc, total, largest = _accumulate(acc, total, largest, logits, v, PRECISION)
+    if WHOLE > 0 and TAIL > 0:
+        logits, v = _logits(
+            WHOLE, q, q_factor, qkv, qkv_bias, table, window_row, window_column, height, width,
+            C, HEAD_DIM, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, BLOCK_D, PRECISION, TAIL,
+        )  # fmt: skip
+        acc, total, largest = _accumulate(acc, total, largest, logits, v, PRECISION)
+    acc = acc / total[:, None]
+
+    d = tl.arange(0, BLOCK_D)
+    rows = out + image.to(tl.int64) * height * width * C + token.to(tl.int64) * C + head * HEAD_DIM
+    tl.store(rows[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def _logits(
+    start, q, q_factor, qkv, qkv_bias, table, window_row, window_column, height, width,
+    C: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_H: tl.constexpr,
+    SHIFT_W: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Logits of the queries and a block of keys in units of log2(e), and the values of the block."""
+    j = start + tl.arange(0, BLOCK)
+    token, inside = window_tokens(
+        j, window_row, window_column, height, width, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED
+    )
+    rows = qkv + token.to(tl.int64) * (3 * C)
+    slot = j < WINDOW_H * WINDOW_W
+    k = _load_head(rows + C, qkv_bias + C, inside, slot, HEAD_DIM, BLOCK_D, PADDED)
+    v = _load_head(rows + 2 * C, qkv_bias + 2 * C, inside, slot, HEAD_DIM, BLOCK_D, PADDED)
+    logits = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK), tl.float32), PRECISION)
+    logits = logits * q_factor[:, None] * reciprocal_length(k)[None, :]
+    return logits + tl.load(table + j[None, :]).to(tl.float32), v
+
+
+@triton.jit
+def _accumulate(acc, total, largest, logits, v, PRECISION: tl.constexpr):
+    """Take another block of keys into a softmax: its powers are relative to the largest logit so far."""
+    new = tl.maximum(largest, tl.max(logits, axis=1))
+    shrink = tl.exp2(largest - new)
+    p = tl.exp2(logits - new[:, None])
+    total = total * shrink + tl.sum(p, axis=1)
+    return dot(p.to(v.dtype), v, acc * shrink[:, None], PRECISION), total, new
+
+
+def attention_config(
+    arch: str, precision_name: str, window_size: tuple[int, int], head_dim: int
+) -> tuple[Config, tuple[int, int], int]:
+    """How windows of a size are cut into blocks.
+
+    Returns:
+        (configuration, (queries, keys) with the padding to whole blocks, keys of the last, smaller block).
+    """
+    tokens = window_size[0] * window_size[1]
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    chosen = config("window_attention", arch, precision_name, tokens=tokens, block_d=block_d)
+    block_m, block_n = chosen.blocks["BLOCK_M"], chosen.blocks["BLOCK_N"]
+    whole = tokens // block_n * block_n
+    tail = max(16, triton.next_power_of_2(tokens - whole)) if tokens > whole else 0
+    return chosen, (triton.cdiv(tokens, block_m) * block_m, whole + tail), tail
+
+
+def padded_size(device: torch.device, dtype: torch.dtype, window_size: tuple[int, int], head_dim: int) -> list[int]:
+    """The padded_size of the table (see cpb_bias) that window_attention takes on a device."""
+    return list(attention_config(arch_of(device), precision_name(dtype), window_size, head_dim)[1])
+
+
+@operator
+def window_attention(
+    qkv: Tensor,
+    qkv_bias: Tensor,
+    logit_scale: Tensor,
+    table: Tensor,
+    window_size: list[int],
+    shift_size: list[int],
+) -> Tensor:
+    """Scaled cosine attention inside (shifted) windows.
+
+    Args:
+        qkv: [B, H, W, 3C], float16, bfloat16 or float32, contiguous.
+        qkv_bias: [3C], q, k and v of padded tokens.
+        logit_scale: [heads], a logarithm.
+        table: From cpb_bias, of the same window and shift and of padded_size.
+        window_size, shift_size: (rows, columns) in tokens.
+
+    Returns:
+        [B, H, W, C] in the dtype of qkv.
+
+    Raises:
+        ValueError: A tensor of another shape, dtype or device, or not contiguous; more than 576 tokens in a window or
+            64 channels in a head.
+    """
+    heads = logit_scale.shape[0]
+    batch, height, width, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
+    head_dim, tokens = channels // heads, window_size[0] * window_size[1]
+    check("qkv", qkv, (batch, height, width, 3 * heads * head_dim))
+    check_rows("qkv", batch * height * width)
+    check("qkv_bias", qkv_bias, (3 * channels,), like=qkv)
+    check("logit_scale", logit_scale, (heads,), like=qkv)
+    if tokens > LARGEST_WINDOW or head_dim > LARGEST_HEAD_DIM:
+        raise ValueError(
+            f"windows must have at most {LARGEST_WINDOW} tokens and heads {LARGEST_HEAD_DIM} channels, "
+            f"got windows {window_size} and {head_dim} channels"
+        )
+    chosen, (queries, keys), tail = attention_config(
+        arch_of(qkv.device), precision_name(qkv.dtype), tuple(window_size), head_dim
+    )
+    types = 4 if any(shift_size) else 1
+    table_dtype = torch.float32 if qkv.dtype == torch.float32 else torch.float16
+    check_table(table, (types, heads, queries, keys), table_dtype, qkv.device)
+    out = torch.empty((batch, height, width, channels), dtype=qkv.dtype, device=qkv.device)
+    windows_h, windows_w = -(-height // window_size[0]), -(-width // window_size[1])
+    launch(
+        _window_attention_kernel,
+        batch * windows_h * windows_w * heads * (queries // chosen.blocks["BLOCK_M"]),
+        *(qkv, qkv_bias, logit_scale, table, out, height, width, windows_h, windows_w),
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        WINDOW_H=window_size[0],
+        WINDOW_W=window_size[1],
+        SHIFT_H=shift_size[0],
+        SHIFT_W=shift_size[1],
+        PADDED=bool(height % window_size[0] or width % window_size[1]),
+        QUERIES=queries,
+        KEYS=keys,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        PRECISION=precision(qkv.dtype),
+        TAIL=tail,
+        config=chosen,
+        **chosen.blocks,
+    )
+    return out
+
+
+def check_table(table: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a bias table that cpb_bias did not make for this use."""
+    fits = tuple(table.shape) == shape and table.dtype == dtype and table.device == device and table.is_contiguous()
+    if not fits:
+        raise ValueError(
+            f"table must be what cpb_bias gives: contiguous {list(shape)} of {dtype} on {device}, "
+            f"got {list(table.shape)} of {table.dtype} on {table.device}"
+        )
