@@ -2,9 +2,9 @@
 
     table[t, h, i, j] = log2(e) * (MLP(sign(d) log(1 + |d|))[h] + mask[t, i, j])
 
-with d the offset from token j to token i of a window, MLP linear, ReLU, linear, and t the type of the window: interior,
-last row, last column, both (one type alone where nothing is shifted). The factor makes the softmax one of powers of two.
-Rows and columns beyond the window's tokens pad it to whole tiles: -inf for keys, which then get no weight.
+with d the offset from token j to token i of a window, MLP linear, ReLU, linear, and t the type of the window:
+interior, last row, last column, both (one type alone where nothing is shifted). The factor makes the softmax one of
+powers of two. Rows and columns beyond the window's tokens pad it to whole tiles: -inf for keys, which then get no weight.
 
 The MLP runs once for each of the (2 Wh - 1)(2 Ww - 1) distinct offsets, in float32; the table is float16 for 16-bit
 weights, which rounds less than bfloat16. Once per weights. Definition: reference.ops.cpb_bias.

@@ -115,9 +115,8 @@ def patch_embed(
     if images.dim() != 4 or images.shape[1] != in_chans:
         raise ValueError(f"images must have shape [B, {in_chans}, H, W], got {list(images.shape)}")
     if images.dtype not in IMAGE_DTYPES or images.device != weight.device:
-        raise ValueError(
-            f"images must be float16, bfloat16, float32 or uint8 on {weight.device}, got {images.dtype} on {images.device}"
-        )
+        expected = f"float16, bfloat16, float32 or uint8 on {weight.device}"
+        raise ValueError(f"images must be {expected}, got {images.dtype} on {images.device}")
     if (norm_weight is None) != (norm_bias is None) or (scale is None) != (shift is None):
         raise ValueError("norm_weight and norm_bias, and scale and shift, must be given together")
     for name, vector in (("scale", scale), ("shift", shift)):
