@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import columns, config
-from .launch import arch_of, check, check_rows, check_vectors, launch, operator, precision, precision_name
+from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
 from .tiles import add_rows, add_vector, dot, layer_norm, load_rows, load_transposed, store_rows, zeros
 from .window_attention import check_table, reciprocal_length, softmax_scale, window_tokens
 
@@ -104,15 +104,15 @@ def _project(
     tiles, weight, bias, N: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
     COUNT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head's q, k or v of the window, rounded to the dtype of x; channels beyond the head are zero."""
+    """One head's q, k or v of the window, rounded to the dtype of weight; channels beyond the head are zero."""
     d = tl.arange(0, BLOCK_D)
     acc = tl.zeros((tiles[0].shape[0], BLOCK_D), tl.float32)
     for t in tl.static_range(COUNT):
         column = t * TILE + tl.arange(0, TILE)
         w = load_transposed(weight, d, column, N, C, N == BLOCK_D and TILE * COUNT == C)
-        acc = dot(tiles[t], w, acc, PRECISION)
+        acc = dot(tiles[t].to(w.dtype), w, acc, PRECISION)
     acc += tl.load(bias + d, mask=d < N, other=0.0).to(tl.float32)[None, :]
-    return acc.to(tiles[0].dtype)
+    return acc.to(weight.dtype.element_ty)
 
 
 def slots(window_size: tuple[int, int]) -> int:
@@ -139,10 +139,10 @@ def attention_block(
 
     Args:
         x: [B, H, W, C], float16, bfloat16 or float32, contiguous.
-        qkv_weight, qkv_bias: [3C, C], [3C].
+        qkv_weight, qkv_bias: [3C, C], [3C], of the dtype of x, or 16-bit where x is float32.
         logit_scale: [heads], a logarithm.
         table: From cpb_bias, of the same window and shift, its padded_size twice slots(window_size).
-        proj_weight, proj_bias: [C, C], [C].
+        proj_weight, proj_bias: [C, C], [C], of the dtype of qkv_weight.
         norm_weight, norm_bias, eps: LayerNorm over C.
         window_size, shift_size: (rows, columns) in tokens, at most 64 in a window.
 
@@ -152,24 +152,27 @@ def attention_block(
     Raises:
         ValueError: A tensor of another shape, dtype or device, or not contiguous; more than 64 tokens in a window.
     """
+    check("x", x, (None,) * 4)
     batch, height, width, channels = x.shape
     heads = logit_scale.shape[0]
     if window_size[0] * window_size[1] > LARGEST_WINDOW:
         raise ValueError(f"window_size must be at most {LARGEST_WINDOW} tokens, got {window_size}")
     if channels % heads:
         raise ValueError(f"logit_scale must have a number of heads that divides {channels} channels, got {heads}")
-    check("x", x, (batch, height, width, channels))
     check_rows("x", batch * height * width)
-    check("qkv_weight", qkv_weight, (3 * channels, channels), like=x)
-    check("proj_weight", proj_weight, (channels, channels), like=x)
-    check_vectors(3 * channels, x, qkv_bias=qkv_bias)
+    check_weight("qkv_weight", qkv_weight, (3 * channels, channels), x)
+    check("proj_weight", proj_weight, (channels, channels), like=qkv_weight)
+    check_vectors(3 * channels, qkv_weight, qkv_bias=qkv_bias)
     check_vectors(heads, x, logit_scale=logit_scale)
-    check_vectors(channels, x, proj_bias=proj_bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    check_vectors(channels, qkv_weight, proj_bias=proj_bias)
+    check_vectors(channels, x, norm_weight=norm_weight, norm_bias=norm_bias)
     size = slots(window_size)
     types = 4 if any(shift_size) else 1
-    table_dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
+    table_dtype = torch.float32 if qkv_weight.dtype == torch.float32 else torch.float16
     check_table(table, (types, heads, size, size), table_dtype, x.device)
-    chosen = config("attention_block", arch_of(x.device), precision_name(x.dtype), channels=channels, tokens=size)
+    chosen = config(
+        "attention_block", arch_of(x.device), precision_name(qkv_weight.dtype), channels=channels, tokens=size
+    )
     tile, count = columns(channels)
     out = torch.empty_like(x)
     windows_h, windows_w = -(-height // window_size[0]), -(-width // window_size[1])
@@ -189,7 +192,7 @@ def attention_block(
         BLOCK_D=max(16, triton.next_power_of_2(channels // heads)),
         TILE=tile,
         COUNT=count,
-        PRECISION=precision(x.dtype),
+        PRECISION=precision(qkv_weight.dtype),
         config=chosen,
         **chosen.blocks,
     )

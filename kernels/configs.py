@@ -28,7 +28,6 @@ class Config(NamedTuple):
     source: str
 
 
-@lru_cache(maxsize=4096)
 def config(kernel: str, arch: str, precision: str, **shape: int) -> Config:
     """The configuration of a kernel for a shape.
 
@@ -41,6 +40,12 @@ def config(kernel: str, arch: str, precision: str, **shape: int) -> Config:
     Raises:
         KeyError: Not even the default table has a row that matches.
     """
+    # sizes that are symbols while a model is traced become what they are: a configuration is for one shape
+    return _config(kernel, arch, precision, **{name: int(size) for name, size in shape.items()})
+
+
+@lru_cache(maxsize=4096)
+def _config(kernel: str, arch: str, precision: str, **shape: int) -> Config:
     for table in (arch, "default"):
         for row in rows(table):
             if row["kernel"] == kernel and precision in row["precision"] and _matches(row.get("when", {}), shape):

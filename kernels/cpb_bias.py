@@ -4,7 +4,8 @@
 
 with d the offset from token j to token i of a window, MLP linear, ReLU, linear, and t the type of the window:
 interior, last row, last column, both (one type alone where nothing is shifted). The factor makes the softmax one of
-powers of two. Rows and columns beyond the window's tokens pad it to whole tiles: -inf for keys, which then get no weight.
+powers of two. Rows and columns beyond the window's tokens pad it to whole tiles: -inf for keys, which then weigh
+nothing.
 
 The MLP runs once for each of the (2 Wh - 1)(2 Ww - 1) distinct offsets, in float32; the table is float16 for 16-bit
 weights, which rounds less than bfloat16. Once per weights. Definition: reference.ops.cpb_bias.
@@ -21,6 +22,7 @@ from .launch import check, check_vectors, launch, operator
 
 LOG2_E = 1.4426950408889634
 MASK_VALUE = tl.constexpr(-100.0)
+ALL = tl.constexpr(tl.PropagateNan.ALL)
 BLOCK = 64
 HERE = Config({}, num_warps=4, num_stages=1, source="once per weights: speed does not matter")
 
@@ -79,31 +81,32 @@ def _table_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     LOG2_E: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
-    BLOCKS: tl.constexpr = (KEYS + BLOCK - 1) // BLOCK
+    BLOCKS_M: tl.constexpr = (QUERIES + BLOCK_M - 1) // BLOCK_M
+    BLOCKS_N: tl.constexpr = (KEYS + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
-    j = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    i = (program // BLOCKS) % QUERIES
-    head = (program // BLOCKS // QUERIES) % HEADS
-    window_type = program // BLOCKS // QUERIES // HEADS
+    j = ((program % BLOCKS_N) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    i = ((program // BLOCKS_N) % BLOCKS_M * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    head = (program // BLOCKS_N // BLOCKS_M) % HEADS
+    window_type = program // BLOCKS_N // BLOCKS_M // HEADS
     i_row, i_column = i // WINDOW_W, i % WINDOW_W
     j_row, j_column = j // WINDOW_W, j % WINDOW_W
-    token = (i < TOKENS) & (j < TOKENS)
     offset = (i_row - j_row + WINDOW_H - 1) * (2 * WINDOW_W - 1) + i_column - j_column + WINDOW_W - 1
     OFFSETS: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
-    bias = tl.load(by_offset + head * OFFSETS + offset, mask=token, other=0.0)
+    bias = tl.load(by_offset + head * OFFSETS + offset, mask=(i < TOKENS) & (j < TOKENS), other=0.0)
     # the last row and column of windows hold tokens from both ends of the map, which must not see each other
     across_rows = (i_row >= WINDOW_H - SHIFT_H) != (j_row >= WINDOW_H - SHIFT_H)
     across_columns = (i_column >= WINDOW_W - SHIFT_W) != (j_column >= WINDOW_W - SHIFT_W)
     masked = (across_rows & (window_type % 2 == 1)) | (across_columns & (window_type // 2 == 1))
     bias = (bias + tl.where(masked, MASK_VALUE, 0.0)) * LOG2_E
-    bias = tl.minimum(tl.maximum(bias, -60000.0), 60000.0, propagate_nan=tl.PropagateNan.ALL)
+    bias = tl.minimum(tl.maximum(bias, -60000.0, propagate_nan=ALL), 60000.0, propagate_nan=ALL)
     bias = tl.where(i < TOKENS, bias, 0.0)
     bias = tl.where(j < TOKENS, bias, float("-inf"))
     row = (window_type * HEADS + head) * QUERIES + i
-    tl.store(out + row.to(tl.int64) * KEYS + j, bias.to(out.dtype.element_ty), mask=j < KEYS)
+    tl.store(out + row.to(tl.int64) * KEYS + j, bias.to(out.dtype.element_ty), mask=(i < QUERIES) & (j < KEYS))
 
 
 @operator
@@ -115,6 +118,7 @@ def cpb_bias(
     window_size: list[int],
     shift_size: list[int],
     padded_size: list[int],
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The bias table of (shifted) window attention.
 
@@ -123,10 +127,11 @@ def cpb_bias(
         fc2_weight, fc2_bias: [heads, hidden], [heads].
         window_size, shift_size: (rows, columns) in tokens.
         padded_size: (queries, keys) of the table, each at least the tokens of a window.
+        dtype: That attention computes in, by default that of the weights.
 
     Returns:
-        [types, heads, queries, keys], float32 for float32 weights and float16 for 16-bit ones; 4 types where there is
-        a shift, 1 where there is none. In units of log2(e), -inf for keys beyond the window's tokens.
+        [types, heads, queries, keys], float32 for attention in float32 and float16 for 16-bit dtypes; 4 types where
+        there is a shift, 1 where there is none. In units of log2(e), -inf for keys beyond the window's tokens.
 
     Raises:
         ValueError: A tensor of another shape, dtype or device, or not contiguous; a size that makes no sense.
@@ -156,12 +161,12 @@ def cpb_bias(
         config=HERE,
     )
     types = 4 if shift_h or shift_w else 1
-    dtype = torch.float32 if fc1_weight.dtype == torch.float32 else torch.float16
-    out = torch.empty((types, heads, queries, keys), dtype=dtype, device=device)
-    block = min(256, triton.next_power_of_2(keys))
+    table_dtype = torch.float32 if (dtype or fc1_weight.dtype) == torch.float32 else torch.float16
+    out = torch.empty((types, heads, queries, keys), dtype=table_dtype, device=device)
+    block_m, block_n = (min(64, triton.next_power_of_2(size)) for size in (queries, keys))
     launch(
         _table_kernel,
-        types * heads * queries * triton.cdiv(keys, block),
+        types * heads * triton.cdiv(queries, block_m) * triton.cdiv(keys, block_n),
         *(by_offset, out),
         HEADS=heads,
         WINDOW_H=window_h,
@@ -171,7 +176,8 @@ def cpb_bias(
         QUERIES=queries,
         KEYS=keys,
         LOG2_E=LOG2_E,
-        BLOCK=block,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
         config=HERE,
     )
     return out

@@ -6,6 +6,7 @@ does nothing.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from .configs import Config
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_ROWS = 2**31 - 2**16  # row numbers are 32-bit integers, offsets 64-bit
 INTERPRETED = triton.knobs.runtime.interpret
+OWN_DTYPE = ("table", "scale", "shift")  # parameters whose dtype is not that of the others
+AUTOCAST_DEVICES = ("cpu", "cuda")
 _LIBRARY = torch.library.Library("swinfast", "FRAGMENT")
 
 
@@ -121,6 +124,19 @@ def check(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor
         raise ValueError(f"{name} must be on {like.device} as the other arguments, got {tensor.device}")
 
 
+def check_weight(name: str, weight: Tensor, shape: tuple[int | None, ...], x: Tensor) -> None:
+    """Check a weight (or bias) of a matrix product with x: of its dtype, or 16-bit where x is float32.
+
+    The latter is what autocast means: 16-bit products on a residual stream in float32.
+    """
+    check(name, weight, shape)
+    mixed = x.dtype == torch.float32 and weight.dtype in DTYPES
+    if weight.device != x.device or not (weight.dtype == x.dtype or mixed):
+        raise ValueError(
+            f"{name} must be {x.dtype} on {x.device} as the other arguments, got {weight.dtype} on {weight.device}"
+        )
+
+
 def check_vectors(channels: int, like: Tensor, **vectors: Tensor | None) -> None:
     """Check that each vector is [channels]; None stands for one that is left out."""
     for name, vector in vectors.items():
@@ -152,8 +168,8 @@ def operator(launcher: Callable[..., Tensor]) -> Callable[..., Tensor]:
     name = launcher.__name__
     op = torch.library.custom_op(f"swinfast::{name}", launcher, mutates_args=())
     op.register_fake(launcher)
-    for device in ("cpu", "cuda"):
-        _LIBRARY.impl(name, _autocast_rule(name, device), f"Autocast{device.upper()}")
+    for device in AUTOCAST_DEVICES:
+        _LIBRARY.impl(name, _autocast_rule(launcher, device), f"Autocast{device.upper()}")
 
     @functools.wraps(launcher)
     def call(*args, **kwargs):
@@ -164,25 +180,27 @@ def operator(launcher: Callable[..., Tensor]) -> Callable[..., Tensor]:
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and not torch._C._len_torch_dispatch_stack()
-            and not torch.is_autocast_enabled(first.device.type)
+            and not first.is_meta  # it has no autocast to ask for
+            and not (first.device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(first.device.type))
         )
         return launcher(*args, **kwargs) if plain else op(*args, **kwargs)
 
     return call
 
 
-def _autocast_rule(name: str, device: str) -> Callable[..., Tensor]:
-    """Floating-point tensors in the dtype of the autocast region, as for a linear layer."""
+def _autocast_rule(launcher: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
+    """Floating-point tensors in the dtype of the autocast region, as for a linear layer, but for those of OWN_DTYPE."""
+    name, parameters = launcher.__name__, tuple(inspect.signature(launcher).parameters)
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
-    def cast(value: Any, dtype: torch.dtype) -> Any:
+    def cast(parameter: str, value: Any, dtype: torch.dtype) -> Any:
         eligible = isinstance(value, Tensor) and value.dtype in DTYPES and value.device.type == device
-        return value.to(dtype) if eligible else value
+        return value.to(dtype) if eligible and parameter not in OWN_DTYPE else value
 
     def rule(*args, **kwargs):
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(key):
-            args = [cast(value, dtype) for value in args]
-            return getattr(torch.ops.swinfast, name)(*args, **{k: cast(v, dtype) for k, v in kwargs.items()})
+            args = [cast(*pair, dtype) for pair in zip(parameters, args, strict=False)]
+            return getattr(torch.ops.swinfast, name)(*args, **{k: cast(k, v, dtype) for k, v in kwargs.items()})
 
     return rule

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .launch import arch_of, check, check_rows, check_vectors, launch, operator, precision, precision_name
+from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
 from .tiles import dot, gelu, load_transposed
 
 
@@ -46,7 +46,7 @@ def _linear_kernel(
         mask = inside[:, None]
         if K % BLOCK_K != 0:
             mask = mask & (k < K)[None, :]
-        tile = tl.load(x_rows + k[None, :], mask=mask, other=0.0)
+        tile = tl.load(x_rows + k[None, :], mask=mask, other=0.0).to(weight.dtype.element_ty)
         w = load_transposed(weight, column, k, N, K, N % BLOCK_N == 0 and K % BLOCK_K == 0)
         acc = dot(tile, w, acc, PRECISION)
     if HAS_BIAS:
@@ -63,23 +63,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
 
     Args:
         x: [..., K], float16, bfloat16 or float32, contiguous.
-        weight: [N, K].
-        bias: [N] or None.
+        weight: [N, K], of the dtype of x, or 16-bit where x is float32.
+        bias: [N] or None, of the dtype of weight.
 
     Returns:
-        [..., N] in the dtype of x.
+        [..., N] in the dtype of weight.
 
     Raises:
         ValueError: A tensor of another shape, dtype or device, or not contiguous.
     """
+    check("weight", weight, (None, None))
     columns, k = weight.shape
     check("x", x, (*x.shape[:-1], k))
-    check("weight", weight, (columns, k), like=x)
-    check_vectors(columns, x, bias=bias)
+    check_weight("weight", weight, (columns, k), x)
+    check_vectors(columns, weight, bias=bias)
     rows = x.numel() // k
     check_rows("x", rows)
-    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
-    chosen = config("linear", arch_of(x.device), precision_name(x.dtype), k=k, n=columns)
+    out = torch.empty((*x.shape[:-1], columns), dtype=weight.dtype, device=x.device)
+    chosen = config("linear", arch_of(x.device), precision_name(weight.dtype), k=k, n=columns)
     block_m, block_n = chosen.blocks["BLOCK_M"], chosen.blocks["BLOCK_N"]
     launch(
         _linear_kernel,
@@ -89,8 +90,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
         K=k,
         HAS_BIAS=bias is not None,
         GELU=gelu,
-        EXACT_GELU=x.dtype == torch.float32,
-        PRECISION=precision(x.dtype),
+        EXACT_GELU=weight.dtype == torch.float32,
+        PRECISION=precision(weight.dtype),
         config=chosen,
         **chosen.blocks,
     )

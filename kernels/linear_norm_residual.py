@@ -18,6 +18,7 @@ from .launch import (
     check_extra_norm,
     check_rows,
     check_vectors,
+    check_weight,
     launch,
     operator,
     precision,
@@ -58,7 +59,7 @@ def _linear_norm_residual_kernel(
         mask = inside[:, None]
         if K % BLOCK_K != 0:
             mask = mask & (k < K)[None, :]
-        tile = tl.load(x_rows + k[None, :], mask=mask, other=0.0)
+        tile = tl.load(x_rows + k[None, :], mask=mask, other=0.0).to(weight.dtype.element_ty)
         summed = ()
         for i in tl.static_range(COUNT):
             column = i * TILE + tl.arange(0, TILE)
@@ -91,27 +92,30 @@ def linear_norm_residual(
 
     Args:
         x: [..., K], float16, bfloat16 or float32, contiguous.
-        weight, bias: [C, K], [C].
+        weight, bias: [C, K], [C], of the dtype of x, or 16-bit where x is float32.
         norm_weight, norm_bias, eps: LayerNorm over C.
-        residual: [..., C].
+        residual: [..., C], of the dtype of x, or float32; the norms' vectors are of its dtype.
         extra_weight, extra_bias, extra_eps: Of the second LayerNorm.
 
     Returns:
-        [..., C] in the dtype of x.
+        [..., C] in the dtype of residual.
 
     Raises:
         ValueError: A tensor of another shape, dtype or device, or not contiguous.
     """
+    check("weight", weight, (None, None))
     channels, k = weight.shape
     check("x", x, (*x.shape[:-1], k))
-    check("weight", weight, (channels, k), like=x)
-    check("residual", residual, (*x.shape[:-1], channels), like=x)
-    check_vectors(channels, x, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
-    has_extra = check_extra_norm(channels, x, extra_weight, extra_bias)
+    check_weight("weight", weight, (channels, k), x)
+    check("residual", residual, (*x.shape[:-1], channels))
+    check_weight("x", x, tuple(x.shape), residual)
+    check_vectors(channels, weight, bias=bias)
+    check_vectors(channels, residual, norm_weight=norm_weight, norm_bias=norm_bias)
+    has_extra = check_extra_norm(channels, residual, extra_weight, extra_bias)
     rows = x.numel() // k
     check_rows("x", rows)
     out = torch.empty_like(residual)
-    chosen = config("linear_norm_residual", arch_of(x.device), precision_name(x.dtype), channels=channels, k=k)
+    chosen = config("linear_norm_residual", arch_of(x.device), precision_name(weight.dtype), channels=channels, k=k)
     tile, count = columns(channels)
     launch(
         _linear_norm_residual_kernel,
@@ -124,7 +128,7 @@ def linear_norm_residual(
         TILE=tile,
         COUNT=count,
         EXTRA_NORM=has_extra,
-        PRECISION=precision(x.dtype),
+        PRECISION=precision(weight.dtype),
         config=chosen,
         **chosen.blocks,
     )

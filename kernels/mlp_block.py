@@ -19,6 +19,7 @@ from .launch import (
     check_extra_norm,
     check_rows,
     check_vectors,
+    check_weight,
     launch,
     operator,
     precision,
@@ -64,9 +65,9 @@ def _mlp_block_kernel(
         for i in tl.static_range(COUNT):
             column = i * TILE + tl.arange(0, TILE)
             w = load_transposed(fc1_weight, unit, column, HIDDEN, C, WHOLE)
-            hidden = dot(tiles[i], w, hidden, PRECISION)
+            hidden = dot(tiles[i].to(w.dtype), w, hidden, PRECISION)
         hidden += tl.load(fc1_bias + unit, mask=unit < HIDDEN, other=0.0).to(tl.float32)[None, :]
-        activated = gelu(hidden, EXACT_GELU).to(x.dtype.element_ty)
+        activated = gelu(hidden, EXACT_GELU).to(fc2_weight.dtype.element_ty)
         summed = ()
         for i in tl.static_range(COUNT):
             column = i * TILE + tl.arange(0, TILE)
@@ -99,8 +100,8 @@ def mlp_block(
 
     Args:
         x: [..., C], float16, bfloat16 or float32, contiguous.
-        fc1_weight, fc1_bias: [hidden, C], [hidden].
-        fc2_weight, fc2_bias: [C, hidden], [C].
+        fc1_weight, fc1_bias: [hidden, C], [hidden], of the dtype of x, or 16-bit where x is float32.
+        fc2_weight, fc2_bias: [C, hidden], [C], of the dtype of fc1_weight.
         norm_weight, norm_bias, eps: LayerNorm over C.
         extra_weight, extra_bias, extra_eps: Of the second LayerNorm.
 
@@ -110,17 +111,19 @@ def mlp_block(
     Raises:
         ValueError: A tensor of another shape, dtype or device, or not contiguous.
     """
+    check("fc1_weight", fc1_weight, (None, None))
     hidden, channels = fc1_weight.shape
     check("x", x, (*x.shape[:-1], channels))
-    check("fc1_weight", fc1_weight, (hidden, channels), like=x)
-    check("fc1_bias", fc1_bias, (hidden,), like=x)
-    check("fc2_weight", fc2_weight, (channels, hidden), like=x)
-    check_vectors(channels, x, fc2_bias=fc2_bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    check_weight("fc1_weight", fc1_weight, (hidden, channels), x)
+    check_vectors(hidden, fc1_weight, fc1_bias=fc1_bias)
+    check("fc2_weight", fc2_weight, (channels, hidden), like=fc1_weight)
+    check_vectors(channels, fc1_weight, fc2_bias=fc2_bias)
+    check_vectors(channels, x, norm_weight=norm_weight, norm_bias=norm_bias)
     has_extra = check_extra_norm(channels, x, extra_weight, extra_bias)
     rows = x.numel() // channels
     check_rows("x", rows)
     out = torch.empty_like(x)
-    chosen = config("mlp_block", arch_of(x.device), precision_name(x.dtype), channels=channels)
+    chosen = config("mlp_block", arch_of(x.device), precision_name(fc1_weight.dtype), channels=channels)
     tile, count = columns(channels)
     launch(
         _mlp_block_kernel,
@@ -133,8 +136,8 @@ def mlp_block(
         TILE=tile,
         COUNT=count,
         EXTRA_NORM=has_extra,
-        EXACT_GELU=x.dtype == torch.float32,
-        PRECISION=precision(x.dtype),
+        EXACT_GELU=fc1_weight.dtype == torch.float32,
+        PRECISION=precision(fc1_weight.dtype),
         config=chosen,
         **chosen.blocks,
     )

@@ -11,7 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import columns, config
-from .launch import arch_of, check, check_extra_norm, check_rows, check_vectors, launch, operator, precision_name
+from .launch import (
+    arch_of,
+    check,
+    check_extra_norm,
+    check_rows,
+    check_vectors,
+    check_weight,
+    launch,
+    operator,
+    precision_name,
+)
 from .tiles import add_rows, layer_norm, load_rows, store_rows
 
 LARGEST_CHANNELS = 4096
@@ -63,12 +73,13 @@ def norm_residual(
     """residual + LN(x), then a second LayerNorm on the sum where extra_weight is given.
 
     Args:
-        x, residual: [..., C], float16, bfloat16 or float32, contiguous, C at most 4096.
+        x: [..., C], float16, bfloat16 or float32, contiguous, C at most 4096.
+        residual: [..., C], of the dtype of x, or float32; the norms' vectors are of its dtype.
         norm_weight, norm_bias, eps: LayerNorm over C.
         extra_weight, extra_bias, extra_eps: Of the second LayerNorm.
 
     Returns:
-        [..., C] in the dtype of x.
+        [..., C] in the dtype of residual.
 
     Raises:
         ValueError: A tensor of another shape, dtype or device, or not contiguous, or too many channels.
@@ -77,12 +88,13 @@ def norm_residual(
     if channels > LARGEST_CHANNELS:
         raise ValueError(f"x must have at most {LARGEST_CHANNELS} channels, got {channels}")
     check("x", x, tuple(x.shape))
-    check("residual", residual, tuple(x.shape), like=x)
-    check_vectors(channels, x, norm_weight=norm_weight, norm_bias=norm_bias)
-    has_extra = check_extra_norm(channels, x, extra_weight, extra_bias)
+    check("residual", residual, tuple(x.shape))
+    check_weight("x", x, tuple(x.shape), residual)
+    check_vectors(channels, residual, norm_weight=norm_weight, norm_bias=norm_bias)
+    has_extra = check_extra_norm(channels, residual, extra_weight, extra_bias)
     rows = x.numel() // channels
     check_rows("x", rows)
-    out = torch.empty_like(x)
+    out = torch.empty_like(residual)
     chosen = config("norm_residual", arch_of(x.device), precision_name(x.dtype), channels=channels)
     tile, count = columns(channels)
     launch(

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import columns, config
-from .launch import arch_of, check, check_rows, check_vectors, launch, operator, precision, precision_name
+from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
 from .tiles import add_vector, dot, layer_norm, load_transposed, store_rows, zeros
 
 IMAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
@@ -100,18 +100,23 @@ def patch_embed(
         images: [B, in_chans, H, W], float16, bfloat16, float32 or uint8, of any strides; what is left over after whole
             patches is cut off.
         weight, bias: [C, in_chans, ph, pw], [C] or None, float16, bfloat16 or float32, contiguous.
-        norm_weight, norm_bias, eps: LayerNorm over C.
+        norm_weight, norm_bias, eps: LayerNorm over C, of the dtype of weight, or float32.
         scale, shift: [in_chans] each, float32: pixels become scale * pixel + shift.
 
     Returns:
-        [B, H // ph, W // pw, C] in the dtype of weight.
+        [B, H // ph, W // pw, C] in the dtype of norm_weight, or of weight where there is no norm.
 
     Raises:
         ValueError: A tensor of another shape, dtype or device, or parameters that are not contiguous.
     """
+    check("weight", weight, (None,) * 4)
     channels, in_chans, patch_h, patch_w = weight.shape
-    check("weight", weight, (channels, in_chans, patch_h, patch_w))
-    check_vectors(channels, weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    check_vectors(channels, weight, bias=bias)
+    stream = weight
+    if norm_weight is not None:
+        check_weight("weight", weight, tuple(weight.shape), norm_weight)
+        stream = norm_weight
+    check_vectors(channels, stream, norm_weight=norm_weight, norm_bias=norm_bias)
     if images.dim() != 4 or images.shape[1] != in_chans:
         raise ValueError(f"images must have shape [B, {in_chans}, H, W], got {list(images.shape)}")
     if images.dtype not in IMAGE_DTYPES or images.device != weight.device:
@@ -125,7 +130,7 @@ def patch_embed(
     batch, patches_h, patches_w = images.shape[0], images.shape[2] // patch_h, images.shape[3] // patch_w
     rows, k = batch * patches_h * patches_w, in_chans * patch_h * patch_w
     check_rows("images", rows)
-    out = torch.empty((batch, patches_h, patches_w, channels), dtype=weight.dtype, device=weight.device)
+    out = torch.empty((batch, patches_h, patches_w, channels), dtype=stream.dtype, device=weight.device)
     chosen = config("patch_embed", arch_of(weight.device), precision_name(weight.dtype), channels=channels, k=k)
     tile, count = columns(channels)
     launch(

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .launch import arch_of, check, check_rows, check_vectors, launch, operator, precision, precision_name
+from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
 from .tiles import dot, load_transposed
 
 
@@ -70,7 +70,7 @@ def _patch_merging_kernel(
         shift = tl.load(norm_bias + k, mask=k < K, other=0.0).to(tl.float32)
         tile = (tile - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :]
         w = load_transposed(weight, column, k, N, K, N % BLOCK_N == 0 and K % BLOCK_K == 0)
-        acc = dot(tile.to(x.dtype.element_ty), w, acc, PRECISION)
+        acc = dot(tile.to(w.dtype), w, acc, PRECISION)
     out_rows = out + row.to(tl.int64)[:, None] * N
     tl.store(out_rows + column[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (column < N)[None, :])
 
@@ -97,7 +97,7 @@ def patch_merging(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
     Args:
         x: [B, H, W, C], float16, bfloat16 or float32, contiguous; odd sizes are padded with zeros at the end.
         norm_weight, norm_bias, eps: LayerNorm over 4C.
-        weight: [N, 4C], N = 2C in a Swin transformer.
+        weight: [N, 4C], N = 2C in a Swin transformer; of the dtype of x, or 16-bit where x is float32.
 
     Returns:
         [B, ceil(H / 2), ceil(W / 2), N] in the dtype of x.
@@ -105,23 +105,23 @@ def patch_merging(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
     Raises:
         ValueError: A tensor of another shape, dtype or device, or not contiguous.
     """
+    check("x", x, (None,) * 4)
     batch, height, width, channels = x.shape
     reduced = weight.shape[0]
-    check("x", x, (batch, height, width, channels))
-    check("weight", weight, (reduced, 4 * channels), like=x)
+    check_weight("weight", weight, (reduced, 4 * channels), x)
     check_vectors(4 * channels, x, norm_weight=norm_weight, norm_bias=norm_bias)
     check_rows("x", batch * height * width)
     merged_h, merged_w = (height + 1) // 2, (width + 1) // 2
     rows = batch * merged_h * merged_w
     out = torch.empty((batch, merged_h, merged_w, reduced), dtype=x.dtype, device=x.device)
-    chosen = config("patch_merging", arch_of(x.device), precision_name(x.dtype), channels=channels)
+    chosen = config("patch_merging", arch_of(x.device), precision_name(weight.dtype), channels=channels)
     launch(
         _patch_merging_kernel,
         triton.cdiv(rows, chosen.blocks["BLOCK_M"]) * triton.cdiv(reduced, chosen.blocks["BLOCK_N"]),
         *(x, norm_weight, norm_bias, weight, out, rows, height, width, eps),
         C=channels,
         N=reduced,
-        PRECISION=precision(x.dtype),
+        PRECISION=precision(weight.dtype),
         config=chosen,
         **chosen.blocks,
     )

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Config, config
-from .launch import arch_of, check, check_rows, launch, operator, precision, precision_name
+from .launch import arch_of, check, check_rows, check_weight, launch, operator, precision, precision_name
 from .tiles import dot
 
 LARGEST_HEAD_DIM = 64
@@ -47,10 +47,10 @@ def window_tokens(
     if PADDED:
         inside = inside & (row < height) & (column < width)
     if SHIFT_H > 0:
-        row += SHIFT_H
+        row += SHIFT_H % height  # a map can be smaller than the shift
         row = tl.where(row >= height, row - height, row)
     if SHIFT_W > 0:
-        column += SHIFT_W
+        column += SHIFT_W % width
         column = tl.where(column >= width, column - width, column)
     return row * width + column, inside
 
@@ -211,6 +211,7 @@ def attention_config(
     return chosen, (triton.cdiv(tokens, block_m) * block_m, whole + tail), tail
 
 
+@torch.compiler.assume_constant_result
 def padded_size(device: torch.device, dtype: torch.dtype, window_size: tuple[int, int], head_dim: int) -> list[int]:
     """The padded_size of the table (see cpb_bias) that window_attention takes on a device."""
     return list(attention_config(arch_of(device), precision_name(dtype), window_size, head_dim)[1])
@@ -230,7 +231,7 @@ def window_attention(
     Args:
         qkv: [B, H, W, 3C], float16, bfloat16 or float32, contiguous.
         qkv_bias: [3C], q, k and v of padded tokens.
-        logit_scale: [heads], a logarithm.
+        logit_scale: [heads], a logarithm, of the dtype of qkv or float32.
         table: From cpb_bias, of the same window and shift and of padded_size.
         window_size, shift_size: (rows, columns) in tokens.
 
@@ -241,13 +242,15 @@ def window_attention(
         ValueError: A tensor of another shape, dtype or device, or not contiguous; more than 576 tokens in a window or
             64 channels in a head.
     """
+    check("qkv", qkv, (None,) * 4)
     heads = logit_scale.shape[0]
     batch, height, width, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
     head_dim, tokens = channels // heads, window_size[0] * window_size[1]
     check("qkv", qkv, (batch, height, width, 3 * heads * head_dim))
     check_rows("qkv", batch * height * width)
     check("qkv_bias", qkv_bias, (3 * channels,), like=qkv)
-    check("logit_scale", logit_scale, (heads,), like=qkv)
+    check("logit_scale", logit_scale, (heads,))
+    check_weight("qkv", qkv, tuple(qkv.shape), logit_scale)
     if tokens > LARGEST_WINDOW or head_dim > LARGEST_HEAD_DIM:
         raise ValueError(
             f"windows must have at most {LARGEST_WINDOW} tokens and heads {LARGEST_HEAD_DIM} channels, "

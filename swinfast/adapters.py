@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from .specs import BlockSpec, MergeSpec, PatchEmbedSpec, StageSpec
 
@@ -157,7 +158,7 @@ def _check_insides(module: nn.Module) -> Iterator[str]:
             yield f"the forward method of {name} is patched"
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
-        if type(parameter) not in (nn.Parameter, torch.Tensor):
+        if type(parameter) not in (nn.Parameter, torch.Tensor) and not is_fake(parameter):  # export fakes them
             yield f"{name} is a {type(parameter).__name__}, expected torch.nn.Parameter"
         if parameter.dtype not in DTYPES:
             yield f"{name} is {parameter.dtype}, expected a floating-point dtype of at least 16 bits"

@@ -1,28 +1,91 @@
 """Which backend computes a replaced module.
 
-A backend is a module with ``name``, ``derive_patch_embed``, ``patch_embed``, ``derive_stage`` and ``stage``, as
-``torch_backend`` defines them: the derive functions make what they need of the parameters, once per weights.
+A backend is a module with ``name``, ``derive_patch_embed``, ``patch_embed``, ``derive_stage``, ``stage`` and
+``describe``, as ``torch_backend`` defines them: the derive functions make what they need of the parameters, once per
+weights.
 """
 
+from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from . import torch_backend
+from .specs import PatchEmbedSpec, StageSpec
 
 CHOICES = ("auto", "torch", "triton")
+OLDEST_CAPABILITY = (8, 0)
+
+
+class Choice(NamedTuple):
+    """Attributes:
+    backend: What computes the module, None where the original must.
+    reason: Why the original must, None where a backend computes.
+    note: Why "auto" did not take the backend that it would prefer on the device, or None.
+    """
+
+    backend: ModuleType | None
+    reason: str | None = None
+    note: str | None = None
 
 
 def check_choice(choice: str) -> None:
-    """Refuse a backend that is unknown (ValueError) or can't run here (RuntimeError)."""
+    """Refuse a backend that is unknown (ValueError) or can't run on this machine (RuntimeError)."""
     if choice not in CHOICES:
         raise ValueError(f"backend must be one of {', '.join(map(repr, CHOICES))}, got {choice!r}")
     if choice == "triton":
-        raise RuntimeError(
-            "backend='triton' can't run: this version of swinfast has no Triton kernels; use backend='auto' or 'torch'"
-        )
+        _require(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def backend_for(choice: str, device: torch.device) -> ModuleType:
-    """The backend that a choice means for tensors on a device."""
-    return torch_backend
+def choose(choice: str, spec: PatchEmbedSpec | StageSpec, device: torch.device, dtype: torch.dtype) -> Choice:
+    """What a choice means for a module with parameters of a dtype on a device.
+
+    Raises:
+        RuntimeError: Triton is forced and can't run on the device.
+    """
+    if choice == "torch" or (choice == "auto" and device.type != "cuda"):
+        return Choice(torch_backend)
+    if choice == "triton":
+        _require(device)
+    problem = why_no_triton(device) or _triton_backend().why_not(spec, dtype)
+    if problem is None:
+        return Choice(_triton_backend())
+    if choice == "auto":
+        return Choice(torch_backend, note=f"not Triton: {problem}")
+    return Choice(None, reason=problem)
+
+
+def _require(device: torch.device) -> None:
+    problem = why_no_triton(device)
+    if problem is not None:
+        raise RuntimeError(f"backend='triton' can't run: {problem}; use backend='auto' or 'torch'")
+
+
+@torch.compiler.assume_constant_result
+def why_no_triton(device: torch.device) -> str | None:
+    """Why Triton kernels can't run on a device, None where they can."""
+    return _why_no_triton(device)
+
+
+@cache
+def _why_no_triton(device: torch.device) -> str | None:
+    try:
+        interpreted = _triton_backend().INTERPRETED
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+            found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+            return f"{torch.cuda.get_device_name(device)} has compute capability {found}, the kernels need 8.0"
+        return None
+    if interpreted or device.type == "meta":
+        return None
+    return f"Triton kernels run on a GPU, and the model is on {device}"
+
+
+def _triton_backend() -> ModuleType:
+    """Imported where it is needed: Triton exists on Linux alone."""
+    from . import triton_backend
+
+    return triton_backend

@@ -4,7 +4,9 @@ submodules, parameters, names, methods and attributes stay the original ones, an
 In training mode, and wherever the fused computation would not be faithful, the original forward runs.
 """
 
+from collections.abc import Iterable
 from functools import cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,13 +14,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
 
+from . import torch_backend
 from .adapters import HOOKS, Adapter, adapter_of, why_not
-from .backends import backend_for
+from .autocast import autocast_dtype
+from .backends import choose
 from .plan import Plan
 from .recompute import FusedForward
+from .specs import ImageScale
 
 CHUNK_TOKENS = 4 * 56 * 56  # that a CPU works on at a time: four images of 224 x 224, about what its caches hold
-ImageScale = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class Settings:
@@ -77,65 +81,74 @@ class FusedComputation(Fused):
         """How this module runs now."""
         plan = self._swinfast.plan
         if plan is None or not plan.holds():
-            plan = self._swinfast.plan = Plan(self.adapter, self)
+            plan = self._swinfast.plan = Plan(self.adapter, self, self._swinfast.backend)
         return plan
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             return super().forward(x)
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.is_meta:
-            if why_not(self.adapter, self) is not None:
-                return super().forward(x)
-            spec = self.adapter.read(self)
-            return self._run(spec, None, self._prepare(spec, x))
+            return self._traced_forward(x)
         if _is_transformed():
             return super().forward(x)
         plan = self.plan()
         if plan.reason is not None or plan.is_random():
             return super().forward(x)
-        x = self._prepare(plan.spec, x)
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in plan.parameters)):
-            return FusedForward.apply(self, plan, x, *plan.parameters)
+        self._check(plan.spec, x)
+        if _needs_grad(x, plan.parameters):
+            return FusedForward.apply(self, plan, self._prepare(plan.spec, x), *plan.parameters)
         return self.fused_forward(plan, x)
 
     def original_forward(self, x: Tensor) -> Tensor:
         return self.original.forward(self, x)
 
     def fused_forward(self, plan: Plan, x: Tensor) -> Tensor:
-        return self._run(plan.spec, plan, x)
+        autocast = autocast_dtype(x.device)
+        derive = partial(self._derive, plan.backend, traced=False, autocast=autocast)
+        return self._run(plan.backend, plan.spec, plan.derived(autocast, derive), x)
+
+    def _traced_forward(self, x: Tensor) -> Tensor:
+        """In a graph everything is derived on the spot, so that the graph sees edited weights."""
+        if why_not(self.adapter, self) is not None:
+            return super().forward(x)
+        spec, parameters = self.adapter.read(self), tuple(self.parameters())
+        choice = choose(self._swinfast.backend, spec, parameters[0].device, parameters[0].dtype)
+        if choice.backend is None:
+            return super().forward(x)
+        # the graph must be differentiable where gradients are wanted, and only PyTorch's operations are
+        backend = torch_backend if _needs_grad(x, parameters) else choice.backend
+        self._check(spec, x)
+        return self._run(backend, spec, self._derive(backend, spec, True, autocast_dtype(x.device)), x)
+
+    def _check(self, spec: Any, x: Tensor) -> None:
+        """Refuse what the original refuses, with errors of its types."""
 
     def _prepare(self, spec: Any, x: Tensor) -> Tensor:
         """The input as the original takes it, where the fused module takes more."""
         return x
 
-    def _run(self, spec: Any, plan: Plan | None, x: Tensor) -> Tensor:
-        """The fused computation. Without a plan, in a traced graph, everything is derived on the spot."""
+    def _derive(self, backend: ModuleType, spec: Any, traced: bool, autocast: torch.dtype | None) -> Any:
+        """What the backend needs of the parameters."""
         raise NotImplementedError
 
-    def _tables(self, spec: Any, plan: Plan | None, device: torch.device, derive) -> Any:
-        """What the backend derives from the parameters; autocast casts only what is left as it is."""
-        if plan is None:
-            return derive(spec, pack=False)
-        pack = not torch.is_autocast_enabled(device.type)
-        return plan.derived((derive.__module__, pack), partial(derive, pack=pack))
+    def _run(self, backend: ModuleType, spec: Any, tables: Any, x: Tensor) -> Tensor:
+        """The fused computation."""
+        raise NotImplementedError
 
 
 class FusedPatchEmbed(FusedComputation):
     """Patch embedding that casts floating-point images to the model's dtype and normalises uint8 ones."""
 
     def _prepare(self, spec, x):
-        self._check(spec, x)
-        if x.dtype == torch.uint8:
-            x = self._normalise(x)
-        return x.to(spec.proj.weight.dtype)
+        return torch_backend.normalise(x, self._swinfast.image_scale, spec.proj.weight.dtype)
 
-    def _run(self, spec, plan, x):
-        backend = backend_for(self._swinfast.backend, x.device)
-        tables = self._tables(spec, plan, x.device, backend.derive_patch_embed)
-        return backend.patch_embed(spec, tables, x).permute(0, 3, 1, 2)
+    def _derive(self, backend, spec, traced, autocast):
+        return backend.derive_patch_embed(spec, traced, autocast)
 
-    def _check(self, spec, images: Tensor) -> None:
-        """Errors of the types that the original raises."""
+    def _run(self, backend, spec, tables, x):
+        return backend.patch_embed(spec, tables, x, self._swinfast.image_scale).permute(0, 3, 1, 2)
+
+    def _check(self, spec, images):
         if images.dim() != 4:
             raise ValueError(f"images must be [B, {spec.proj.in_channels}, H, W], got shape {tuple(images.shape)}")
         if images.shape[1] != spec.proj.in_channels:
@@ -145,23 +158,20 @@ class FusedPatchEmbed(FusedComputation):
         if spec.img_size is not None:
             for axis, got, expected in zip(("height", "width"), images.shape[2:], spec.img_size, strict=True):
                 assert got == expected, f"Input image {axis} ({got}) doesn't match model ({expected})."
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        if self._swinfast.image_scale is None:
+        if images.dtype == torch.uint8 and self._swinfast.image_scale is None:
             raise ValueError(
                 "images are uint8 and the model's config has no mean and std to normalise them with: "
                 "give optimize(..., mean=..., std=...), or pass floating-point images"
             )
-        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in self._swinfast.image_scale)
-        return (images / 255 - mean) / std
 
 
 class FusedStage(FusedComputation):
     """Patch merging and the blocks of one stage, [B, C, H, W] in and out."""
 
-    def _run(self, spec, plan, x):
-        backend = backend_for(self._swinfast.backend, x.device)
-        tables = self._tables(spec, plan, x.device, backend.derive_stage)
+    def _derive(self, backend, spec, traced, autocast):
+        return backend.derive_stage(spec, traced, autocast)
+
+    def _run(self, backend, spec, tables, x):
         return backend.stage(spec, tables, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -199,6 +209,10 @@ def _fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[nn.Modul
 def _rebuild(mixin: type[Fused], original: type[nn.Module]) -> nn.Module:
     cls = _fused_class(mixin, original)
     return cls.__new__(cls)
+
+
+def _needs_grad(x: Tensor, parameters: Iterable[Tensor]) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
 
 
 def _is_transformed() -> bool:

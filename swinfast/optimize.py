@@ -63,7 +63,8 @@ def optimize(
     for module in list(model.modules()):
         if type(module) is nn.Sequential and len(module) and all(isinstance(child, FusedStage) for child in module):
             fuse(module, FusedStages)
-    _warn_of_float16(model)
+    if backend != "triton":
+        _warn_of_float16(model)
     return model
 
 

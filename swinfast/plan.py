@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import HOOKS, Adapter, why_not
+from .autocast import without_autocast
+from .backends import Choice, choose
 
 _version = attrgetter("_version")
 
@@ -24,16 +26,20 @@ class Plan:
 
     Attributes:
         reason: Why the module is left as it is, None where it is replaced.
-        spec: What the adapter read, None where there is a reason.
+        spec: What the adapter read, None where the adapter has a reason.
+        backend: What computes the module, None where there is a reason; note says more of it, or is None.
         parameters: All parameters inside, in order, and parameter_names their names.
     """
 
-    def __init__(self, adapter: Adapter, module: nn.Module):
-        self.reason = why_not(adapter, module)
-        self.spec = None if self.reason else adapter.read(module)
+    def __init__(self, adapter: Adapter, module: nn.Module, backend: str):
         named = dict(module.named_parameters())
         self.parameter_names = tuple(named)
         self.parameters = tuple(named.values())
+        self.spec, choice = None, Choice(None, reason=why_not(adapter, module))
+        if choice.reason is None:
+            self.spec = adapter.read(module)
+            choice = choose(backend, self.spec, self.parameters[0].device, self.parameters[0].dtype)
+        self.backend, self.reason, self.note = choice
         self._derived: dict[Hashable, Any] = {}
         self._counts_edits = not any(parameter.is_inference() for parameter in self.parameters)
 
@@ -67,8 +73,7 @@ class Plan:
         """
         if kind in self._derived:
             return self._derived[kind]
-        device = self.parameters[0].device.type
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(self.parameters[0].device):
             made = derive(self.spec)
         if self._counts_edits:
             self._derived[kind] = made

@@ -6,9 +6,9 @@ from tabulate import tabulate
 from torch import nn
 
 from .adapters import SUPPORTED
-from .backends import backend_for
 from .fused import FusedComputation, FusedStage
 from .plan import Plan
+from .specs import BlockSpec, MergeSpec, PatchEmbedSpec
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,20 @@ def report(model: nn.Module) -> Report:
 
 
 def _rows(name: str, module: FusedComputation, plan: Plan) -> list[Row]:
-    replaced = plan.reason is None
-    parameter = plan.parameters[0]
-    backend = backend_for(module._swinfast.backend, parameter.device)
-    detail = backend.describe(parameter.dtype, parameter.device) if replaced else plan.reason
     if not isinstance(module, FusedStage):
-        return [Row(name, module.adapter.kind, replaced, detail)]
+        return [_row(name, module.adapter.kind, plan, plan.spec)]
     prefix = f"{name}." if name else ""
-    rows = [Row(f"{prefix}blocks.{index}", "block", replaced, detail) for index in range(len(module.blocks))]
+    blocks = plan.spec.blocks if plan.spec else [None] * len(module.blocks)
+    rows = [_row(f"{prefix}blocks.{index}", "block", plan, block) for index, block in enumerate(blocks)]
     if not isinstance(module.downsample, nn.Identity):
-        rows.insert(0, Row(f"{prefix}downsample", "patch merging", replaced, detail))
+        merge = plan.spec.merge if plan.spec else None
+        rows.insert(0, _row(f"{prefix}downsample", "patch merging", plan, merge))
     return rows
+
+
+def _row(name: str, kind: str, plan: Plan, spec: PatchEmbedSpec | MergeSpec | BlockSpec | None) -> Row:
+    if plan.reason is not None:
+        return Row(name, kind, False, plan.reason)
+    parameter = plan.parameters[0]
+    detail = plan.backend.describe(spec, parameter.dtype, parameter.device)
+    return Row(name, kind, True, detail if plan.note is None else f"{detail} ({plan.note})")

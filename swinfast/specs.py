@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 Size = tuple[int, int]
+ImageScale = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, to normalise uint8 images with
 
 
 class PatchEmbedSpec(NamedTuple):

@@ -4,7 +4,7 @@ Tokens are gathered into the first block's windows on entry (patch merging gathe
 LayerNorm and the MLP don't care. Where the next block is shifted, one index_select re-orders the residual stream; the
 map's own order returns once, at the end. Position biases and masks come from tables that are derived once per weights.
 
-Every operation here is differentiable and traceable when the tables come from derive(..., pack=False).
+Every operation here is differentiable and traceable when the tables come from derive_stage(..., traced=True).
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import window_order
-from .specs import BlockSpec, PatchEmbedSpec, Size, StageSpec
+from .specs import BlockSpec, ImageScale, MergeSpec, PatchEmbedSpec, Size, StageSpec
 from .torch_linear import Linear, can_pack, has_native_bfloat16, make_linear
 from .window_order import WindowOrder
 
@@ -64,8 +64,9 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def derive_patch_embed(spec: PatchEmbedSpec, pack: bool) -> PatchEmbedTables:
-    """What patch_embed needs of the parameters; pack=False leaves them as they are, for a traced graph."""
+def derive_patch_embed(spec: PatchEmbedSpec, traced: bool, autocast: torch.dtype | None) -> PatchEmbedTables:
+    """What patch_embed needs of the parameters, as for derive_stage."""
+    pack = not traced and autocast is None
     weight, bias = spec.proj.weight, spec.proj.bias
     dtype = compute_dtype(weight.dtype, weight.device) if pack else weight.dtype
     bias = None if bias is None else bias.to(dtype)
@@ -73,8 +74,11 @@ def derive_patch_embed(spec: PatchEmbedSpec, pack: bool) -> PatchEmbedTables:
     return PatchEmbedTables(dtype, make_linear(weight.flatten(1).to(dtype), bias, pack=pack), norm)
 
 
-def patch_embed(spec: PatchEmbedSpec, tables: PatchEmbedTables, images: Tensor) -> Tensor:
+def patch_embed(
+    spec: PatchEmbedSpec, tables: PatchEmbedTables, images: Tensor, image_scale: ImageScale | None
+) -> Tensor:
     """Images [B, in_chans, H, W] to tokens [B, H / ph, W / pw, C]: one permuted copy and one matrix product."""
+    images = normalise(images, image_scale, spec.proj.weight.dtype)
     ph, pw = spec.proj.kernel_size
     batch, channels, height, width = images.shape
     gh, gw = height // ph, width // pw
@@ -85,8 +89,23 @@ def patch_embed(spec: PatchEmbedSpec, tables: PatchEmbedTables, images: Tensor) 
     return x.to(spec.proj.weight.dtype)
 
 
-def derive_stage(spec: StageSpec, pack: bool) -> StageTables:
-    """What stage needs of the parameters; pack=False leaves them as they are, for a traced graph."""
+def normalise(images: Tensor, image_scale: ImageScale | None, dtype: torch.dtype) -> Tensor:
+    """Images as the original takes them: of its dtype, uint8 ones normalised."""
+    if images.dtype == torch.uint8:
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in image_scale)
+        images = (images / 255 - mean) / std
+    return images.to(dtype)
+
+
+def derive_stage(spec: StageSpec, traced: bool, autocast: torch.dtype | None) -> StageTables:
+    """What stage needs of the parameters.
+
+    Args:
+        traced: For a graph that is traced: nothing is packed.
+        autocast: The dtype of the autocast region that stage will run in, None outside one. It casts only what is
+            left as it is, so nothing is packed.
+    """
+    pack = not traced and autocast is None
     weight = spec.blocks[0].qkv.weight
     dtype = compute_dtype(weight.dtype, weight.device) if pack else weight.dtype
     merge_norm = reduction = None
@@ -236,8 +255,8 @@ def _linear(layer: nn.Linear, dtype: torch.dtype, pack: bool, gelu: bool = False
     return make_linear(layer.weight.to(dtype), bias, gelu=gelu, pack=pack)
 
 
-def describe(dtype: torch.dtype, device: torch.device) -> str:
-    """What runs parameters of this dtype on this device, in words for the report."""
+def describe(spec: PatchEmbedSpec | MergeSpec | BlockSpec, dtype: torch.dtype, device: torch.device) -> str:
+    """What runs a module with parameters of this dtype on this device, in words for the report."""
     computed = compute_dtype(dtype, device)
     text = f"PyTorch, {str(computed).removeprefix('torch.')}"
     if device.type == "cpu" and can_pack(computed):

@@ -1,16 +1,56 @@
 """What the tests share: models whose every parameter matters, and how outputs are compared."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+import swinfast
 from swinfast.benchmark import randomise
 
-__all__ = ["random_images", "randomise", "relative_rms", "small_model_args", "write_image"]
+__all__ = [
+    "OPTIONS",
+    "SMALL",
+    "THREE",
+    "images_for",
+    "make",
+    "random_images",
+    "randomise",
+    "relative_rms",
+    "small_model_args",
+    "write_image",
+]
+
+SMALL = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 7}
+THREE = SMALL | {"depths": (2, 3, 2), "num_heads": (1, 2, 4)}
+OPTIONS = {
+    "square": SMALL | {"img_size": 64},
+    "not square": THREE | {"img_size": (64, 96), "window_size": (4, 3)},
+    "padded": SMALL | {"img_size": 120, "window_size": 7},
+    "padded, odd grids": THREE | {"img_size": (100, 132), "window_size": (5, 3)},
+    "padded on one axis": SMALL | {"img_size": (112, 100), "window_size": 7},
+    "dynamic": THREE | {"img_size": 64, "dynamic_img_size": True},
+    "always_partition": THREE | {"img_size": 64, "window_size": 7, "always_partition": True},
+    "window as large as the map": SMALL | {"img_size": 64, "window_size": 16},
+    "window larger than the map": SMALL | {"img_size": 48, "window_size": (16, 5)},
+    "shift on one axis": SMALL | {"img_size": (48, 20), "window_size": (4, 5)},
+    "window 1": SMALL | {"img_size": 32, "window_size": 1},
+    "window 1 by 6": SMALL | {"img_size": 48, "window_size": (1, 6)},
+    "window for each stage": SMALL | {"img_size": 64, "window_size": [(8, 4), (2, 4)]},
+    "window_ratio": SMALL | {"img_size": 64, "window_ratio": (4, 2)},
+    "extra norms": THREE | {"img_size": 64, "extra_norm_stage": True, "extra_norm_period": 2},
+    "patch 2 by 4": SMALL | {"img_size": (32, 64), "patch_size": (2, 4)},
+    "one channel": SMALL | {"img_size": 64, "in_chans": 1},
+    "eps": SMALL | {"img_size": 64, "norm_layer": partial(nn.LayerNorm, eps=1e-2)},
+    "mlp_ratio": SMALL | {"img_size": 64, "mlp_ratio": 2.5},
+    "head_dim 44": SMALL | {"img_size": 64, "embed_dim": 88},
+    "embedding": SMALL | {"img_size": 64, "num_classes": 0},
+    "no pooling": SMALL | {"img_size": 64, "num_classes": 0, "global_pool": ""},
+}
 
 
 def relative_rms(got: Tensor, expected: Tensor) -> float:
@@ -45,3 +85,16 @@ def write_image(file: Path, seed: int = 0, size: tuple[int, int] = (36, 40)) -> 
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file)
     return file
+
+
+def images_for(options: dict, batch: int = 1) -> Tensor:
+    """Images for a model made with options."""
+    size = options["img_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return random_images(batch, options.get("in_chans", 3), height, width)
+
+
+def make(timm, options: dict, source: str) -> nn.Module:
+    """A model with random weights in eval mode, timm's or our own."""
+    create = timm.create_model if source == "timm" else swinfast.create_model
+    return randomise(create("swinv2_cr_tiny_224", **options)).eval()

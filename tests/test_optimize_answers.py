@@ -1,41 +1,13 @@
 """Optimised models give the answers of the plain ones: timm as oracle, over the options of the family."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
-from helpers import random_images, randomise, relative_rms
+from helpers import OPTIONS, SMALL, THREE, images_for, make, random_images, randomise, relative_rms
 from torch import nn
 
 import swinfast
-
-SMALL = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 7}
-THREE = SMALL | {"depths": (2, 3, 2), "num_heads": (1, 2, 4)}
-OPTIONS = {
-    "square": SMALL | {"img_size": 64},
-    "not square": THREE | {"img_size": (64, 96), "window_size": (4, 3)},
-    "padded": SMALL | {"img_size": 120, "window_size": 7},
-    "padded, odd grids": THREE | {"img_size": (100, 132), "window_size": (5, 3)},
-    "padded on one axis": SMALL | {"img_size": (112, 100), "window_size": 7},
-    "dynamic": THREE | {"img_size": 64, "dynamic_img_size": True},
-    "always_partition": THREE | {"img_size": 64, "window_size": 7, "always_partition": True},
-    "window as large as the map": SMALL | {"img_size": 64, "window_size": 16},
-    "window larger than the map": SMALL | {"img_size": 48, "window_size": (16, 5)},
-    "shift on one axis": SMALL | {"img_size": (48, 20), "window_size": (4, 5)},
-    "window 1": SMALL | {"img_size": 32, "window_size": 1},
-    "window 1 by 6": SMALL | {"img_size": 48, "window_size": (1, 6)},
-    "window for each stage": SMALL | {"img_size": 64, "window_size": [(8, 4), (2, 4)]},
-    "window_ratio": SMALL | {"img_size": 64, "window_ratio": (4, 2)},
-    "extra norms": THREE | {"img_size": 64, "extra_norm_stage": True, "extra_norm_period": 2},
-    "patch 2 by 4": SMALL | {"img_size": (32, 64), "patch_size": (2, 4)},
-    "one channel": SMALL | {"img_size": 64, "in_chans": 1},
-    "eps": SMALL | {"img_size": 64, "norm_layer": partial(nn.LayerNorm, eps=1e-2)},
-    "mlp_ratio": SMALL | {"img_size": 64, "mlp_ratio": 2.5},
-    "head_dim 44": SMALL | {"img_size": 64, "embed_dim": 88},
-    "embedding": SMALL | {"img_size": 64, "num_classes": 0},
-    "no pooling": SMALL | {"img_size": 64, "num_classes": 0, "global_pool": ""},
-}
 
 
 def assert_same_answers(model, fast, images):
@@ -52,17 +24,6 @@ def assert_same_answers(model, fast, images):
         assert relative_rms(one, other) <= 1e-5
 
 
-def images_for(options, batch=2):
-    size = options["img_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return random_images(batch, options.get("in_chans", 3), height, width)
-
-
-def make(timm, options, source):
-    create = timm.create_model if source == "timm" else swinfast.create_model
-    return randomise(create("swinv2_cr_tiny_224", **options)).eval()
-
-
 @pytest.mark.parametrize("source", ["timm", "reference"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(timm, name, source):
@@ -70,7 +31,7 @@ def test_options(timm, name, source):
     model = make(timm, options, source)
     fast = swinfast.optimize(model)
     assert all(row.replaced for row in swinfast.report(fast).rows)
-    assert_same_answers(model, fast, images_for(options))
+    assert_same_answers(model, fast, images_for(options, batch=2))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (60, 60), (30, 90), (12, 100), (8, 8), (101, 67)], ids=str)
@@ -100,7 +61,7 @@ def test_full_size(timm, dtype):
 @pytest.mark.parametrize("name", ["square", "padded", "extra norms"])
 def test_dtypes(timm, name, dtype):
     model = make(timm, OPTIONS[name], "timm")
-    outcome = swinfast.verify(model, swinfast.optimize(model, dtype=dtype), images_for(OPTIONS[name]))
+    outcome = swinfast.verify(model, swinfast.optimize(model, dtype=dtype), images_for(OPTIONS[name], batch=2))
     assert outcome.passed, outcome
 
 
@@ -110,7 +71,7 @@ def test_features_only(timm, source, out_indices):
     options = THREE | {"img_size": 64, "features_only": True, "out_indices": out_indices}
     model = make(timm, {key: value for key, value in options.items() if key != "num_classes"}, source)
     fast = swinfast.optimize(model)
-    assert_same_answers(model, fast, images_for(options))
+    assert_same_answers(model, fast, images_for(options, batch=2))
 
 
 @pytest.mark.parametrize("source", ["timm", "reference"])

@@ -193,7 +193,6 @@ def test_nothing_supported():
     ("arguments", "error", "message"),
     [
         ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'torch', 'triton', got 'cuda'"),
-        ({"backend": "triton"}, RuntimeError, "use backend='auto' or 'torch'"),
         ({"dtype": torch.int8}, ValueError, "dtype must be one of torch.float32, .*, got torch.int8"),
         ({"dtype": "float16"}, ValueError, "dtype must be one of torch.float32, .*, got 'float16'"),
         ({"cuda_graphs": "yes"}, ValueError, "cuda_graphs must be 'auto', True or False, got 'yes'"),

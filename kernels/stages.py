@@ -1,0 +1,137 @@
+"""A stage composed of the operations: which of them make up each half of a block is a choice of the tables (configs).
+
+    attention_half: "attention_block", or "window_attention" between linear (qkv) and the projection
+    mlp_half:       "mlp_block", or "linear" for fc1 with GELU and fc2 after it
+    projection, mlp_output: "linear_norm_residual", or "linear" with norm_residual after it
+
+Weights come as named tuples in one dtype; where they are from is the caller's business.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention_block import attention_block, slots
+from .configs import config
+from .cpb_bias import cpb_bias
+from .launch import arch_of, precision_name
+from .linear import linear
+from .linear_norm_residual import linear_norm_residual
+from .mlp_block import mlp_block
+from .norm_residual import norm_residual
+from .patch_merging import patch_merging
+from .window_attention import padded_size, window_attention
+
+Size = tuple[int, int]
+
+
+class Linear(NamedTuple):
+    weight: Tensor  # [N, K]
+    bias: Tensor | None  # [N]
+
+
+class Norm(NamedTuple):
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
+    eps: float
+
+
+class Merge(NamedTuple):
+    """Weights of a patch merging."""
+
+    norm: Norm
+    reduction: Tensor  # [2C, 4C]
+
+
+class Forms(NamedTuple):
+    """Which operation computes each part of a block."""
+
+    attention_half: str
+    projection: str
+    mlp_half: str
+    mlp_output: str
+
+    def operations(self) -> list[str]:
+        """The names of all operations, in order."""
+        half = [self.attention_half]
+        if self.attention_half == "window_attention":
+            half = ["linear", "window_attention", *_operations(self.projection)]
+        rest = ["mlp_block"] if self.mlp_half == "mlp_block" else ["linear", *_operations(self.mlp_output)]
+        return half + rest
+
+
+def _operations(form: str) -> list[str]:
+    return [form] if form == "linear_norm_residual" else ["linear", "norm_residual"]
+
+
+class Block(NamedTuple):
+    """One block: its windows, how it is computed, and its weights."""
+
+    window_size: Size
+    shift_size: Size
+    forms: Forms
+    table: Tensor  # of position biases, see bias_table
+    logit_scale: Tensor  # [heads]
+    qkv: Linear
+    proj: Linear
+    norm1: Norm
+    fc1: Linear
+    fc2: Linear
+    norm2: Norm
+    norm3: Norm | None
+
+
+@torch.compiler.assume_constant_result
+def forms_of(channels: int, window_size: Size, dtype: torch.dtype, device: torch.device) -> Forms:
+    """Which operations make up a block, by the tables."""
+    arch, precision, tokens = arch_of(device), precision_name(dtype), window_size[0] * window_size[1]
+    parts = {part: config(part, arch, precision, channels=channels, tokens=tokens) for part in Forms._fields}
+    return Forms(**{part: chosen.blocks["use"] for part, chosen in parts.items()})
+
+
+def bias_table(
+    forms: Forms,
+    mlp: tuple[Tensor, Tensor, Tensor, Tensor],
+    head_dim: int,
+    window_size: Size,
+    shift_size: Size,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The table of position biases as a block's attention in a dtype takes it; mlp is as in cpb_bias."""
+    if forms.attention_half == "attention_block":
+        padded = [slots(window_size)] * 2
+    else:
+        padded = padded_size(mlp[0].device, dtype, window_size, head_dim)
+    return cpb_bias(*mlp, list(window_size), list(shift_size), padded, dtype)
+
+
+def run_block(block: Block, x: Tensor) -> Tensor:
+    """One block. x [B, H, W, C], contiguous, to the same."""
+    window, shift, forms = list(block.window_size), list(block.shift_size), block.forms
+    if forms.attention_half == "attention_block":
+        x = attention_block(
+            x, *block.qkv, block.logit_scale, block.table, *block.proj, *block.norm1, window, shift
+        )  # fmt: skip
+    else:
+        qkv = linear(x, *block.qkv)
+        attended = window_attention(qkv, block.qkv.bias, block.logit_scale, block.table, window, shift)
+        x = _linear_norm_residual(forms.projection, attended, block.proj, block.norm1, x, None)
+    if forms.mlp_half == "mlp_block":
+        return mlp_block(x, *block.fc1, *block.fc2, *block.norm2, *(block.norm3 or ()))
+    hidden = linear(x, *block.fc1, gelu=True)
+    return _linear_norm_residual(forms.mlp_output, hidden, block.fc2, block.norm2, x, block.norm3)
+
+
+def run_merge(merge: Merge, x: Tensor) -> Tensor:
+    """Patch merging. [B, H, W, C], contiguous, to [B, ceil(H / 2), ceil(W / 2), 2C]."""
+    return patch_merging(x, *merge.norm, merge.reduction)
+
+
+def _linear_norm_residual(
+    form: str, x: Tensor, layer: Linear, norm: Norm, residual: Tensor, extra_norm: Norm | None
+) -> Tensor:
+    extra = extra_norm or ()
+    if form == "linear_norm_residual":
+        return linear_norm_residual(x, *layer, *norm, residual, *extra)
+    return norm_residual(linear(x, *layer), *norm, residual, *extra)

@@ -1,0 +1,17 @@
+"""Autocast regions, asked for by device; there are devices that have none."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of the autocast region that a call is in, None outside one."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context outside any autocast region."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
