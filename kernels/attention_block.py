@@ -171,7 +171,12 @@ def attention_block(
     table_dtype = torch.float32 if qkv_weight.dtype == torch.float32 else torch.float16
     check_table(table, (types, heads, size, size), table_dtype, x.device)
     chosen = config(
-        "attention_block", arch_of(x.device), precision_name(qkv_weight.dtype), channels=channels, tokens=size
+        "attention_block",
+        arch_of(x.device),
+        precision_name(qkv_weight.dtype),
+        channels=channels,
+        tokens=size,
+        stream_bytes=x.element_size(),
     )
     tile, count = columns(channels)
     out = torch.empty_like(x)

@@ -115,7 +115,14 @@ def linear_norm_residual(
     rows = x.numel() // k
     check_rows("x", rows)
     out = torch.empty_like(residual)
-    chosen = config("linear_norm_residual", arch_of(x.device), precision_name(weight.dtype), channels=channels, k=k)
+    chosen = config(
+        "linear_norm_residual",
+        arch_of(x.device),
+        precision_name(weight.dtype),
+        channels=channels,
+        k=k,
+        stream_bytes=residual.element_size(),
+    )
     tile, count = columns(channels)
     launch(
         _linear_norm_residual_kernel,

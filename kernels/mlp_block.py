@@ -123,7 +123,13 @@ def mlp_block(
     rows = x.numel() // channels
     check_rows("x", rows)
     out = torch.empty_like(x)
-    chosen = config("mlp_block", arch_of(x.device), precision_name(fc1_weight.dtype), channels=channels)
+    chosen = config(
+        "mlp_block",
+        arch_of(x.device),
+        precision_name(fc1_weight.dtype),
+        channels=channels,
+        stream_bytes=x.element_size(),
+    )
     tile, count = columns(channels)
     launch(
         _mlp_block_kernel,

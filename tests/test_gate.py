@@ -1,0 +1,154 @@
+"""The gate that compiles every kernel ahead of time (python -m swinfast.kernels), and the tables that it checks."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from swinfast.kernels.configs import ARCHITECTURES, FOLDER, config, rows
+from swinfast.kernels.gate import Job, Measured, problems
+
+ROOT = Path(__file__).parents[1]
+KERNELS = {
+    "attention_block", "cpb_bias.offsets", "cpb_bias.table", "linear", "linear_norm_residual", "mlp_block",
+    "norm_residual", "patch_embed", "patch_merging", "window_attention",
+}  # fmt: skip
+PRECISIONS = ("float16", "bfloat16", "float32", "tf32")
+SIZES = {  # by which rows are matched: the values tried for a row that does not name them
+    "channels": (96, 128, 192, 256, 384, 512, 768, 1024, 1536, 3072),
+    "tokens": (16, 25, 49, 64, 144),
+    "block_d": (16, 32, 64),
+    "stream_bytes": (2, 4),
+    "k": (16, 48, 192, 384, 768, 1536, 3072, 6144),
+    "n": (16, 64, 96, 288, 384, 768, 1536, 3072),
+}
+BAD_TABLE = """
+import json, sys
+from swinfast.kernels import configs
+from swinfast.kernels.__main__ import main
+
+rows = configs.rows
+bad = json.loads(sys.argv[1])
+configs.rows = lambda table: [bad, *rows(table)]
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def gate(pytestconfig):
+    """Runs Python with arguments as the gate must be run: without the interpreter, its results kept between runs."""
+    cache = pytestconfig.cache.mkdir("swinfast-gate")
+
+    def run(*args: str, **environment: str) -> subprocess.CompletedProcess:
+        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        env |= {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", **environment}
+        command = [sys.executable, *args]
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+    return run
+
+
+def test_subset_is_fit(gate, tmp_path):
+    """Every kernel compiles for every architecture and precision that it is used in, within the limits."""
+    done = gate("-m", "swinfast.kernels", "--subset", "--json", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    found = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    for arch in ARCHITECTURES:
+        here = [row for row in found if row["arch"] == arch]
+        assert {row["kernel"] for row in here} == KERNELS
+        assert {row["precision"] for row in here} == set(PRECISIONS)
+    assert not any(row["problems"] for row in found)
+    assert all(row["registers"] > 0 and row["per SM"] > 0 for row in found)
+
+
+@pytest.mark.slow
+def test_every_shape_is_fit(gate):
+    done = gate("-m", "swinfast.kernels")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("arch", "blocks", "num_stages", "reason"),
+    [
+        ("sm_80", {"BLOCK_M": 512, "BLOCK_N": 128, "BLOCK_K": 32}, 2, "spills"),
+        ("sm_89", {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 6, "shared memory, there are 99"),
+    ],
+)
+def test_gate_refuses_a_bad_tile(gate, arch, blocks, num_stages, reason):
+    row = {"kernel": "linear", "precision": ["float16"], "blocks": blocks, "num_warps": 8, "num_stages": num_stages}
+    args = ("--subset", "--arch", arch, "--precision", "float16", "--variant", "tiny")
+    done = gate("-c", BAD_TABLE, json.dumps(row | {"source": "a test"}), *args)
+    refused = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
+    assert done.returncode == 1
+    assert len(refused) == 1
+    assert refused[0].startswith("REFUSED linear (x=fp16 n=")
+    assert reason in refused[0]
+
+
+@pytest.mark.parametrize(
+    ("arch", "precision", "rows", "product", "fit"),
+    [
+        ("sm_80", "float16", 64, "mma.sync", True),
+        ("sm_80", "float16", 64, "", False),
+        ("sm_80", "float32", 64, "", True),
+        ("sm_80", "tf32", 64, "", False),
+        ("sm_90", "bfloat16", 64, "wgmma", True),
+        ("sm_90", "bfloat16", 64, "mma.sync", False),
+        ("sm_90", "bfloat16", 32, "mma.sync", True),
+        ("sm_100", "float16", 128, "tcgen05", True),
+        ("gfx942", "float16", 64, "", False),
+    ],
+)
+def test_gate_misses_matrix_instructions(arch, precision, rows, product, fit):
+    """Products in float32 are multiply-adds; wgmma takes 64 rows."""
+    named = {"PRECISION": "tf32" if precision == "tf32" else "ieee", "BLOCK_M": rows}
+    job = Job(arch, precision, "swinfast.kernels.linear", "_linear_kernel", {}, {}, {}, 4, 2, {}, named, "")
+    assert bool(problems(job, Measured(registers=100, shared=1024, product=product))) is not fit
+
+
+@pytest.mark.parametrize("columns", [512, 1024])
+def test_gate_knows_tensor_memory(columns):
+    job = Job("sm_100", "float32", "swinfast.kernels.linear", "_linear_kernel", {}, {}, {}, 4, 2, {}, {}, "")
+    assert bool(problems(job, Measured(registers=100, tensor_memory=columns))) is (columns > 512)
+
+
+def test_gate_does_not_run_in_the_interpreter(gate):
+    done = gate("-m", "swinfast.kernels", "--subset", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET" in done.stderr
+
+
+def test_help(gate):
+    done = gate("-m", "swinfast.kernels", "--help")
+    assert done.returncode == 0
+    for option in ("--arch", "--precision", "--variant", "--subset", "--json"):
+        assert option in done.stdout
+
+
+@pytest.mark.parametrize("table", sorted(file.stem for file in FOLDER.glob("*.json")))
+def test_every_row_can_be_reached(table):
+    """No row hides behind those above it, in any of its precisions."""
+    assert table == "default" or table in ARCHITECTURES
+    for number, row in enumerate(rows(table)):
+        for precision in row["precision"]:
+            assert any(_chosen(table, row, precision, shape) for shape in _shapes(row)), (number, row, precision)
+
+
+def _shapes(row: dict) -> list[dict[str, int]]:
+    """Shapes that a row may match: what it names as it names it, anything else tried."""
+    choices = dict(SIZES)
+    for key, wanted in row.get("when", {}).items():
+        name = key.removesuffix("_max")
+        values = wanted if isinstance(wanted, list) else [wanted]
+        choices[name] = [value for value in choices[name] if name == key or value <= wanted]
+        choices[name] = values if name == key else [*choices[name], wanted]
+    return [dict(zip(choices, sizes, strict=True)) for sizes in itertools.product(*choices.values())]
+
+
+def _chosen(table: str, row: dict, precision: str, shape: dict[str, int]) -> bool:
+    arch = "an unknown architecture" if table == "default" else table
+    found = config(row["kernel"], arch, precision, **shape)
+    return found == (row.get("blocks", {}), row.get("num_warps", 4), row.get("num_stages", 1), row["source"])
