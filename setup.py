@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
-TEST = ["hypothesis", "pytest", "pytest-benchmark", "ruff", "setuptools>=64", "timm==1.0.31"]
+TEST = ["hypothesis", "matplotlib", "pytest", "pytest-benchmark", "ruff", "setuptools>=64", "timm==1.0.31"]
 
 setup(
     name="swinfast",
@@ -32,7 +32,7 @@ setup(
     extras_require={
         "hub": ["huggingface_hub"],
         "train": ["scikit-learn"],
-        "bench": ["timm==1.0.31"],
+        "bench": ["matplotlib", "timm==1.0.31"],
         "test": TEST,
     },
 )

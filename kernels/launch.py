@@ -30,6 +30,7 @@ class Launch(NamedTuple):
     """One launch as ``record`` keeps it."""
 
     kernel: Any
+    programs: int
     args: tuple  # tensors and integers, in the order of the kernel's parameters
     constants: dict[str, Any]
     config: Config
@@ -71,7 +72,7 @@ def launch(kernel: Any, programs: int, *args: Any, config: Config, **constants: 
     tensor = args[0]
     if tensor.is_meta or isinstance(tensor, FakeTensor):
         if _recording is not None:
-            _recording.append(Launch(kernel, args, constants, config))
+            _recording.append(Launch(kernel, programs, args, constants, config))
         return
     if not programs:
         return
@@ -173,7 +174,7 @@ def operator(launcher: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(launcher)
     def call(*args, **kwargs):
-        first = args[0]
+        first = args[0] if args else next(iter(kwargs.values()))
         plain = (
             not torch.is_grad_enabled()
             and type(first) in (Tensor, nn.Parameter)

@@ -30,12 +30,12 @@ class Choice(NamedTuple):
     note: str | None = None
 
 
-def check_choice(choice: str) -> None:
-    """Refuse a backend that is unknown (ValueError) or can't run on this machine (RuntimeError)."""
+def check_choice(choice: str, device: torch.device) -> None:
+    """Refuse a backend that is unknown (ValueError) or can run neither on a device nor elsewhere here (RuntimeError)."""
     if choice not in CHOICES:
         raise ValueError(f"backend must be one of {', '.join(map(repr, CHOICES))}, got {choice!r}")
     if choice == "triton":
-        _require(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        _require(torch.device("cuda") if device.type == "cpu" and torch.cuda.is_available() else device)
 
 
 def choose(choice: str, spec: PatchEmbedSpec | StageSpec, device: torch.device, dtype: torch.dtype) -> Choice:

@@ -46,7 +46,7 @@ def optimize(
         RuntimeError: A forced backend, or CUDA graphs, can't run here.
     """
     _check_arguments(model, dtype, cuda_graphs, mean, std)
-    check_choice(backend)
+    check_choice(backend, next((p.device for p in model.parameters()), torch.device("cpu")))
     if not any(_adapter_of(module) for module in model.modules()):
         raise ValueError(f"found nothing to optimize in {type(model).__name__}; supported are {SUPPORTED}")
     if not inplace:

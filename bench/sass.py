@@ -1,0 +1,72 @@
+"""How many instructions a program's warp issues, counted in the machine code that a configuration compiles to."""
+
+import importlib
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from swinfast.kernels.gate import ARCHS, Job
+from triton.compiler import ASTSource
+
+NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+
+
+def issued_instructions(job: Job) -> float:
+    """Instructions that each warp of a program issues, on a path through all of the kernel and its loops.
+
+    Raises:
+        ValueError: The machine code has other loops than the kernel's source.
+    """
+    kernel = getattr(importlib.import_module(job.module), job.function)
+    source = ASTSource(kernel, job.signature, job.constants, job.attrs)
+    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    compiled = triton.compile(source, target=ARCHS[job.arch].target, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([NVDISASM, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    return count(text, trips(job))
+
+
+def trips(job: Job) -> list[int]:
+    """How often each loop of a kernel runs, in the order of its source."""
+    size = job.named
+    if job.kernel == "attention_block":
+        return [size["HEADS"]]
+    if job.kernel == "window_attention":
+        blocks = (size["KEYS"] - size["TAIL"]) // size["BLOCK_N"]
+        return [blocks - 1] if blocks > 2 else []
+    if job.kernel == "mlp_block":
+        return [-(-size["HIDDEN"] // size["BLOCK_HIDDEN"])]
+    if job.kernel == "patch_merging":
+        return 2 * [-(-4 * size["C"] // size["BLOCK_K"])]
+    return [-(-size["K"] // size["BLOCK_K"])] if "BLOCK_K" in size else []
+
+
+def count(sass: str, trips: list[int]) -> float:
+    """Instructions, those inside loops as often as these run. A loop is a branch back to an earlier label."""
+    labels, instructions, loops = {}, 0, []
+    for line in sass.splitlines():
+        label = re.match(r"\s*(\.L_\w+):", line)
+        if label:
+            labels[label[1]] = instructions
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
+            instructions += 1
+            branch = re.search(r"\bBRA(?:\.\w+)* .*`\((\.L_\w+)\)", line)
+            if branch and branch[1] in labels and instructions - labels[branch[1]] > 1:  # not the endless last branch
+                loops.append((labels[branch[1]], instructions))
+    if not loops:  # short loops are unrolled
+        return instructions
+    if len(loops) != len(trips):
+        raise ValueError(f"{len(loops)} loops in the machine code, {len(trips)} in the source")
+    return instructions + sum((end - start) * (n - 1) for (start, end), n in zip(loops, trips, strict=True))
+
+
+def arguments(launched: Any) -> dict[str, Any]:
+    """A launch's arguments and constants by the names of the kernel's parameters."""
+    return (
+        dict(zip(launched.kernel.arg_names, launched.args, strict=False)) | launched.constants | launched.config.blocks
+    )
