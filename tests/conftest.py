@@ -22,6 +22,13 @@ from bench.peers import import_timm
 torch.set_num_threads(1)  # these models are small: threads gain nothing, and on a busy machine they cost tenfold
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU the tests of the kernels are tests of the GPU."""
+    for item in items:
+        if torch.cuda.is_available() and ("kernels" in item.path.parts or item.path.name == "test_triton_backend.py"):
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(scope="session")
 def timm() -> ModuleType:
     """timm, the oracle for models and image transforms."""
