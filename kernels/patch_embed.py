@@ -114,6 +114,7 @@ def patch_embed(
     check_vectors(channels, weight, bias=bias)
     stream = weight
     if norm_weight is not None:
+        check("norm_weight", norm_weight, (channels,))
         check_weight("weight", weight, tuple(weight.shape), norm_weight)
         stream = norm_weight
     check_vectors(channels, stream, norm_weight=norm_weight, norm_bias=norm_bias)

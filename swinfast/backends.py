@@ -31,7 +31,7 @@ class Choice(NamedTuple):
 
 
 def check_choice(choice: str, device: torch.device) -> None:
-    """Refuse a backend that is unknown (ValueError) or can run neither on a device nor elsewhere here (RuntimeError)."""
+    """Refuse a backend that is unknown (ValueError), or that nothing here can run (RuntimeError)."""
     if choice not in CHOICES:
         raise ValueError(f"backend must be one of {', '.join(map(repr, CHOICES))}, got {choice!r}")
     if choice == "triton":
