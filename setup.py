@@ -32,6 +32,7 @@ setup(
     extras_require={
         "hub": ["huggingface_hub"],
         "train": ["scikit-learn"],
+        "peers": ["onnxruntime", "onnxscript", "openvino"],
         "bench": ["matplotlib", "timm==1.0.31"],
         "test": TEST,
     },

@@ -30,7 +30,7 @@ COLUMNS = (
 
 def main() -> None:
     options = _parser().parse_args()
-    timm, commit = import_timm(), _commit()
+    timm, commit = import_timm(), commit_of_this()
     device = resolve_device(options.device)
     for name in options.models:
         plain = randomise(timm.create_model(name)).eval().to(device)
@@ -61,23 +61,31 @@ def measure(
     images = torch.randn(batch, 3, *plain.img_size, device=device, dtype=dtype)
     timings = compare({"timm eager": lambda: eager(images), "swinfast": lambda: fast(images)}, rounds)
     errors = {"timm eager": outcome.plain, "swinfast": outcome.fast}
-    shared = {
+    shared = {"top1_agreement": outcome.top1_agreement, "rounds": rounds}
+    return [
+        row_of(plain, name, dtype, batch, device, timing)
+        | shared
+        | {"engine": engine, "rel_error": f"{errors[engine].relative_rms:.2e}"}
+        for engine, timing in timings.items()
+    ]
+
+
+def row_of(plain: nn.Module, name: str, dtype: torch.dtype, batch: int, device: torch.device, timing: Timing) -> dict:
+    """What a row says whatever the engine is."""
+    return {
         "model": name,
         "infer_img_size": plain.img_size[0],
         "infer_batch_size": batch,
+        "infer_samples_per_sec": round(batch / timing.median, 2),
+        "infer_step_time": round(1e3 * timing.median, 2),
+        "infer_step_time_p95": round(1e3 * timing.p95, 2),
         "param_count": round(sum(p.numel() for p in plain.parameters()) / 1e6, 2),
         "dtype": str(dtype).removeprefix("torch."),
         "device": describe_device(device),
-        "top1_agreement": outcome.top1_agreement,
-        "rounds": rounds,
         "torch": torch.__version__,
         "date": date.today().isoformat(),
         "source": "measured",
     }
-    return [
-        shared | _speed(timing, batch) | {"engine": engine, "rel_error": f"{errors[engine].relative_rms:.2e}"}
-        for engine, timing in timings.items()
-    ]
 
 
 def append(path: Path, row: dict) -> None:
@@ -91,15 +99,7 @@ def append(path: Path, row: dict) -> None:
         writer.writerow(row)
 
 
-def _speed(timing: Timing, batch: int) -> dict:
-    return {
-        "infer_samples_per_sec": round(batch / timing.median, 2),
-        "infer_step_time": round(1e3 * timing.median, 2),
-        "infer_step_time_p95": round(1e3 * timing.p95, 2),
-    }
-
-
-def _commit() -> str:
+def commit_of_this() -> str:
     """The commit that was measured, marked where files differ from it."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, cwd=RESULTS.parent

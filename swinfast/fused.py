@@ -153,6 +153,9 @@ class FusedPatchEmbed(FusedComputation):
             raise ValueError(f"images must be [B, {spec.proj.in_channels}, H, W], got shape {tuple(images.shape)}")
         if images.shape[1] != spec.proj.in_channels:
             raise RuntimeError(f"images must have {spec.proj.in_channels} channels, got shape {tuple(images.shape)}")
+        patch = spec.proj.kernel_size
+        if images.shape[2] < patch[0] or images.shape[3] < patch[1]:
+            raise RuntimeError(f"images must be at least {patch[0]} by {patch[1]}, got shape {tuple(images.shape)}")
         if not images.is_floating_point() and images.dtype != torch.uint8:
             raise RuntimeError(f"images must be floating-point or uint8, got {images.dtype}")
         if spec.img_size is not None:

@@ -228,6 +228,16 @@ def test_wrong_images(model, images, error, message):
         swinfast.optimize(model)(images)
 
 
+@pytest.mark.parametrize("size", [(1, 64), (64, 1)], ids=str)
+def test_images_smaller_than_a_patch(timm, size):
+    model = timm.create_model("swinv2_cr_tiny_224", **small_model_args(dynamic_img_size=True)).eval()
+    images = torch.zeros(1, 3, *size)
+    with pytest.raises(RuntimeError):
+        model(images)
+    with pytest.raises(RuntimeError, match=r"images must be at least 2 by 2, got shape \(1, 3, "):
+        swinfast.optimize(model)(images)
+
+
 def test_uint8_without_mean_and_std(model):
     del model.pretrained_cfg, model.default_cfg
     with pytest.raises(ValueError, match=r"give optimize\(..., mean=..., std=...\)"):

@@ -1,0 +1,136 @@
+"""Whole models on a CPU beside what else runs them there, interleaved. `python -m bench.peers_cpu --help`.
+
+timm eager, timm with torch.compile and freezing, ONNX Runtime and OpenVINO (`pip install 'swinfast[peers]'`; one that
+is missing is left out and named), all with the same weights. Appends rows as bench.models does; beside each speed stand
+the relative error against the plain model in float64 and the top-1 agreement with it.
+"""
+
+import argparse
+import copy
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import swinfast
+from bench.models import DTYPES, RESULTS, append, commit_of_this, row_of
+from bench.peers import import_timm
+from swinfast.benchmark import compare, randomise
+
+Engine = Callable[[Tensor], Tensor]
+
+
+def engines_for(plain: nn.Module, dtype: torch.dtype, images: Tensor, folder: Path) -> dict[str, Engine]:
+    """What can run the model here in a dtype; a package that is missing is named.
+
+    Args:
+        plain: The model in float32.
+        images: [B, 3, H, W] float32, of the size that is timed.
+        folder: For exported models.
+    """
+    eager = copy.deepcopy(plain).to(dtype)
+    fast = swinfast.optimize(plain, dtype=dtype)
+    compiled = torch.compile(copy.deepcopy(plain).to(dtype), options={"freezing": True})
+    engines = {
+        "timm eager": lambda x: eager(x.to(dtype)),
+        "swinfast": lambda x: fast(x.to(dtype)),
+        "timm compiled, frozen": lambda x: compiled(x.to(dtype)),
+    }
+    exported = None
+    for package, name, make in (("onnxruntime", "ONNX Runtime", _onnxruntime), ("openvino", "OpenVINO", _openvino)):
+        if importlib.util.find_spec(package) is None or importlib.util.find_spec("onnxscript") is None:
+            print(f"{name} is left out: pip install 'swinfast[peers]'")
+        elif package == "openvino" or dtype == torch.float32:  # ONNX Runtime has no bfloat16 on a CPU
+            exported = exported or _export(plain, images, folder)
+            engines[name] = make(exported, dtype)
+    return engines
+
+
+def _export(plain: nn.Module, images: Tensor, folder: Path) -> Path:
+    file = folder / f"{len(images)}.onnx"
+    torch.onnx.export(plain, (images,), file, dynamo=True, external_data=False, verbose=False)
+    return file
+
+
+def _onnxruntime(file: Path, dtype: torch.dtype) -> Engine:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would take the others' cores
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def _openvino(file: Path, dtype: torch.dtype) -> Engine:
+    import openvino
+
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
+    }
+    request = openvino.Core().compile_model(file, "CPU", config).create_infer_request()
+    return lambda x: torch.from_numpy(request.infer([x.numpy()])[0])
+
+
+def measure(plain: nn.Module, name: str, dtype: torch.dtype, batch: int, rounds: int) -> list[dict]:
+    """Rows of all engines for one model, dtype and batch size, from one interleaved run.
+
+    Raises:
+        RuntimeError: swinfast fails its own verification.
+    """
+    outcome = swinfast.verify(plain, swinfast.optimize(plain, dtype=dtype), torch.randn(2, 3, *plain.img_size))
+    if not outcome.passed:
+        raise RuntimeError(f"{name} in {dtype} is wrong, so its speed means nothing: {outcome}")
+    images = torch.randn(batch, 3, *plain.img_size)
+    with torch.inference_mode():
+        oracle = copy.deepcopy(plain).double()(images.double())
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.no_grad():
+            engines = engines_for(plain, dtype, images, Path(folder))
+        with torch.inference_mode():
+            outputs = {engine: run(images).double() for engine, run in engines.items()}
+        timings = compare({engine: (lambda run=run: run(images)) for engine, run in engines.items()}, rounds)
+    rows = []
+    for engine, timing in timings.items():
+        error = ((outputs[engine] - oracle).square().mean() / oracle.square().mean()).sqrt().item()
+        agreement = (outputs[engine].argmax(-1) == oracle.argmax(-1)).double().mean().item()
+        shared = {"engine": engine, "rel_error": f"{error:.2e}", "top1_agreement": agreement, "rounds": rounds}
+        rows.append(row_of(plain, name, dtype, batch, torch.device("cpu"), timing) | shared)
+    return rows
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    timm, commit = import_timm(), commit_of_this()
+    for name in options.models:
+        plain = randomise(timm.create_model(name)).eval()
+        for dtype in options.dtypes:
+            for batch in options.batch_sizes:
+                torch.compiler.reset()
+                for row in measure(plain, name, DTYPES[dtype], batch, options.rounds):
+                    append(options.output, row | {"commit": commit})
+                    print(
+                        f"{name} {dtype} batch {batch} {row['engine']}: {row['infer_samples_per_sec']} img/s, "
+                        f"relative error {row['rel_error']}, top-1 agreement {row['top1_agreement']:.0%}",
+                        flush=True,
+                    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["swinv2_cr_tiny_ns_224"])
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=7, help="timed calls of each (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "peers_cpu.csv")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""attention_block: x + LN(proj(window_attention(qkv(x))))."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_helpers import (
+    DEVICE,
+    DTYPES,
+    Draw,
+    assert_empty_batch,
+    assert_fails,
+    assert_images_apart,
+    assert_operator,
+    assert_refuses,
+    assert_refuses_tensors,
+    assert_repeatable,
+    bias_of,
+    cast,
+    check,
+    check_mixed,
+    each_dtype,
+    few_examples,
+    mutant,
+    odd_dtypes,
+    table_of,
+)
+from swinfast.kernels import attention_block as module
+from swinfast.kernels import tiles, window_attention
+from swinfast.reference import ops
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN in the interpreter
+CASES = {  # batch, size of the map, window, shift, heads, channels of a head
+    "tiny": (1, (14, 14), (7, 7), (3, 3), 3, 32),
+    "no shift": (2, (8, 8), (8, 8), (0, 0), 2, 64),
+    "rows shifted": (1, (12, 5), (4, 5), (2, 0), 2, 16),
+    "columns shifted": (1, (4, 9), (4, 3), (0, 1), 3, 8),
+    "padded": (2, (6, 9), (4, 5), (2, 2), 2, 44),
+    "padded, no shift": (1, (5, 9), (4, 4), (0, 0), 2, 16),
+    "one token": (1, (3, 2), (1, 1), (0, 0), 1, 8),
+    "map smaller than the shift": (1, (2, 9), (7, 4), (5, 2), 2, 8),
+}
+
+
+def arguments(batch, size, window, shift, heads, head_dim, dtype=torch.float32):
+    draw, channels = Draw(dtype), heads * head_dim
+    scale = draw(heads, mean=math.log(10), std=0.5)
+    scale[1:2] = 8  # far above the clamp
+    return {
+        "x": draw(batch, *size, channels),
+        **draw.linear(channels, 3 * channels, "qkv_"),
+        "logit_scale": scale,
+        "table": table_of(draw.position_bias(window, shift, heads), shift, [module.slots(window)] * 2, dtype),
+        **draw.linear(channels, channels, "proj_"),
+        **draw.norm(channels),
+        "window_size": list(window),
+        "shift_size": list(shift),
+    }
+
+
+def reference(x, qkv_weight, qkv_bias, logit_scale, table, proj_weight, proj_bias, norm_weight, norm_bias, eps,
+              window_size, shift_size):  # fmt: skip
+    return ops.attention_block(
+        x, qkv_weight, qkv_bias, logit_scale, bias_of(table, window_size, x.dtype), proj_weight, proj_bias,
+        (norm_weight, norm_bias, eps), window_size, shift_size,
+    )  # fmt: skip
+
+
+@each_dtype
+@pytest.mark.parametrize("name", CASES)
+def test_cases(name, dtype):
+    check(module.attention_block, reference, arguments(*CASES[name], dtype), dtype)
+
+
+@st.composite
+def cases(draw):
+    size, window = (draw(st.tuples(*[st.integers(1, largest)] * 2)) for largest in (9, 7))
+    shift = tuple(draw(st.integers(0, extent - 1)) for extent in window)
+    return draw(st.integers(1, 2)), size, window, shift, draw(st.integers(1, 3)), draw(st.integers(4, 20))
+
+
+@few_examples
+@given(cases(), odd_dtypes)
+def test_odd_shapes(case, dtype):
+    check(module.attention_block, reference, arguments(*case, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_stream_in_float32(dtype):
+    args = arguments(*CASES["padded"])
+    args |= cast({name: value for name, value in args.items() if name.startswith(("qkv", "proj"))}, dtype)
+    check_mixed(module.attention_block, reference, args | {"table": args["table"].half()}, dtype)
+
+
+def extremes(dtype):
+    args = arguments(*CASES["padded"], dtype)
+    args["qkv_bias"].zero_()  # padded tokens and zero rows: q and k of no length
+    args["x"][:, 0] = 0
+    args["x"][:, 1] = 6e4 * args["x"][:, 1].sign() * 2e-2  # larger sums overflow plain float16
+    return args
+
+
+@each_dtype
+def test_extremes(dtype):
+    check(module.attention_block, reference, extremes(dtype), dtype)
+
+
+def test_runs_and_images_are_independent():
+    args = arguments(3, (5, 6), (4, 3), (2, 1), 2, 8)
+    assert_repeatable(module.attention_block, args)
+    assert_images_apart(module.attention_block, args, "x")
+    assert_empty_batch(module.attention_block, args, "x")
+
+
+def test_operator():
+    args = arguments(2, (3, 4), (2, 3), (1, 1), 1, 8, torch.bfloat16)
+    assert_operator(module.attention_block, args, ["x"], keep=["table"])
+
+
+def test_errors():
+    op, args = module.attention_block, arguments(2, (5, 6), (4, 3), (2, 1), 2, 8)
+    names = ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "norm_weight", "norm_bias")
+    assert_refuses_tensors(op, args, *names)
+    for wrong in (args["table"][:1], args["table"].half(), args["table"].mT, args["table"].to("meta")):
+        assert_refuses(op, args, r"^table must be what cpb_bias gives: contiguous \[4, 2, 16, 16\] of", table=wrong)
+    x = args["x"]
+    assert_refuses(op, args, r"^x must have shape \[any, any, any, any\], got \[5, 6, 16\]", x=x[0])
+    assert_refuses(op, args, "^x must be contiguous, got strides", x=x.transpose(1, 2))
+    assert_refuses(op, args, "^x must be float16, bfloat16 or float32, got torch.float64", x=x.double())
+    assert_refuses(op, args, "^window_size must be at most 64 tokens, got", window_size=[5, 13])
+    scale = torch.zeros(3, device=DEVICE)
+    assert_refuses(op, args, "^logit_scale must have a number of heads that divides 16", logit_scale=scale)
+
+
+# fmt: off
+MUTANTS = {
+    "no bias": ("tiny", module, "logits += tl.load(table", "_ = tl.load(table"),
+    "bias transposed": ("tiny", module, "i[:, None] * SLOTS + i[None, :]", "i[None, :] * SLOTS + i[:, None]"),
+    "bias of another head": ("tiny", module, "table + head *", "table + (head + 1) % HEADS *"),
+    "row shift off by one": ("tiny", window_attention, "row += SHIFT_H % height", "row += SHIFT_H - 1"),
+    "column shift off by one": ("tiny", window_attention, "column += SHIFT_W % width", "column += SHIFT_W + 1"),
+    "no logit clamp": ("tiny", window_attention, "LARGEST_LOGIT_SCALE, prop", "100.0, prop"),
+    "no q norm": ("tiny", module, "reciprocal_length(q) *", "(reciprocal_length(q) * 0 + 1) *"),
+    "no k norm": ("tiny", module, " * reciprocal_length(k)[None, :]", ""),
+    "no log2(e)": ("tiny", window_attention, "tl.exp2(scale * LOG2_E) * LOG2_E", "tl.exp2(scale * LOG2_E)"),
+    "window types swapped": ("tiny", module, "(window_row == windows_h - 1).to(tl.int32) + 2 *",
+                             "2 * (window_row == windows_h - 1).to(tl.int32) +"),
+    "no qkv bias": ("tiny", module, "acc += tl.load(bias + d", "_ = tl.load(bias + d"),
+    "padded keys left out": ("padded", module, "p = tl.exp2(logits",
+                             "logits = tl.where(inside[None, :], logits, float('-inf'))\n        p = tl.exp2(logits"),
+    "slots past the window not masked":
+        ("tiny", window_attention, "inside = i < WINDOW_H * WINDOW_W", "inside = i >= 0"),
+    "padded tokens not masked": ("padded", window_attention, "if PADDED:", "if False:"),
+    "head tail of weights": ("padded", module, "if HEAD_DIM == BLOCK_D and TILE * COUNT == C:", "if True:"),
+    "edges of W not masked": ("padded", tiles, "if WHOLE:", "if True:"),
+    "no projection bias": ("tiny", module, "acc = add_vector", "_ = add_vector"),
+    "no norm": ("tiny", module, "acc = layer_norm", "_ = layer_norm"),
+    "another eps": ("tiny", tiles, "squares / C + eps", "squares / C + 1e-5"),
+    "residual left out": ("tiny", module, "acc = add_rows", "_ = add_rows"),
+    "one head of three": ("tiny", module, "range(0, HEADS)", "range(0, 1)"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_fail(name, tmp_path):
+    case, *change = MUTANTS[name]
+    assert_fails(mutant(tmp_path, module, *change).attention_block, reference, arguments(*CASES[case]))
+
+
+def test_mutant_without_a_smallest_length_fails(tmp_path):
+    wrong = mutant(tmp_path, module, window_attention, "SMALLEST_LENGTH * SMALLEST_LENGTH", "0.0")
+    assert_fails(wrong.attention_block, reference, extremes(torch.float32))

@@ -1,0 +1,124 @@
+"""The tables of configurations, and how one is chosen."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from swinfast.kernels import configs
+from swinfast.kernels.configs import ARCHITECTURES, FOLDER, columns, config
+
+PRECISIONS = ("float16", "bfloat16", "float32", "tf32")
+BLOCKS = {
+    "linear": {"BLOCK_M", "BLOCK_N", "BLOCK_K"},
+    "linear_norm_residual": {"BLOCK_M", "BLOCK_K"},
+    "norm_residual": {"BLOCK_M"},
+    "mlp_block": {"BLOCK_M", "BLOCK_HIDDEN"},
+    "patch_embed": {"BLOCK_M", "BLOCK_K"},
+    "patch_merging": {"BLOCK_M", "BLOCK_N", "BLOCK_K"},
+    "window_attention": {"BLOCK_M", "BLOCK_N"},
+    "attention_block": set(),
+}
+FORMS = {  # parts of a stage, and the kernels that can compute them
+    "attention_half": {"attention_block", "window_attention"},
+    "projection": {"linear", "linear_norm_residual"},
+    "mlp_half": {"linear", "mlp_block"},
+    "mlp_output": {"linear", "linear_norm_residual"},
+}
+SHAPES = {  # what a kernel's rows are matched by
+    "linear": {"k", "n"},
+    "linear_norm_residual": {"channels", "k", "stream_bytes"},
+    "norm_residual": {"channels"},
+    "mlp_block": {"channels", "stream_bytes"},
+    "patch_embed": {"channels", "k"},
+    "patch_merging": {"channels"},
+    "window_attention": {"tokens", "block_d"},
+    "attention_block": {"channels", "tokens", "stream_bytes"},
+    **{form: {"channels", "tokens"} for form in FORMS},
+}
+TABLES = {
+    "sm_1": [
+        {"kernel": "one", "precision": ["float16"], "when": {"k": 8}, "blocks": {"BLOCK": 1}, "source": "a number"},
+        {"kernel": "one", "precision": ["float16"], "when": {"k": [9, 10]}, "blocks": {"BLOCK": 2}, "source": "a list"},
+        {"kernel": "one", "precision": ["float16"], "when": {"k_max": 20, "n": 1}, "num_warps": 8, "source": "at most"},
+    ],
+    "default": [
+        {"kernel": "two", "precision": ["float16"], "source": "another kernel"},
+        {"kernel": "one", "precision": ["float16"], "num_stages": 3, "source": "any shape"},
+        {"kernel": "one", "precision": ["float16"], "source": "never: the row before comes first"},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "arch, shape, source",
+    [
+        ("sm_1", {"k": 8, "n": 1}, "a number"),
+        ("sm_1", {"k": 10, "n": 1}, "a list"),
+        ("sm_1", {"k": 20, "n": 1}, "at most"),
+        ("sm_1", {"k": 21, "n": 1}, "any shape"),
+        ("sm_1", {"k": 20, "n": 2}, "any shape"),
+        ("sm_2", {"k": 8, "n": 1}, "any shape"),
+    ],
+)
+def test_first_row_that_matches(monkeypatch, arch, shape, source):
+    monkeypatch.setattr(configs, "rows", lambda table: TABLES.get(table, []))
+    chosen = config("one", arch, "float16", **shape)
+    assert chosen.source == source
+    expected = {"at most": ({}, 8, 1), "any shape": ({}, 4, 3), "a list": ({"BLOCK": 2}, 4, 1)}
+    assert source == "a number" or chosen[:3] == expected[source]
+
+
+def test_no_configuration():
+    with pytest.raises(KeyError, match=r"no configuration of linear for float64 on sm_90 with {'k': 8, 'n': 8}"):
+        config("linear", "sm_90", "float64", k=8, n=8)
+
+
+def is_power_of_two(size: int) -> bool:
+    return size > 0 and size & (size - 1) == 0
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+def test_tables(file):
+    assert file.stem in (*ARCHITECTURES, "default")
+    for row in json.loads(file.read_text(encoding="utf-8")):
+        assert row.keys() <= {"kernel", "precision", "when", "blocks", "num_warps", "num_stages", "source"}, row
+        assert set(row["precision"]) <= set(PRECISIONS), row
+        assert {key.removesuffix("_max") for key in row.get("when", {})} <= SHAPES[row["kernel"]], row
+        assert row["source"].strip(), row
+        if row["kernel"] in FORMS:
+            assert row["blocks"].keys() == {"use"}, row
+            assert row["blocks"]["use"] in FORMS[row["kernel"]], row
+        else:
+            assert row["blocks"].keys() == BLOCKS[row["kernel"]], row
+            assert all(is_power_of_two(size) for size in row["blocks"].values()), row
+            assert row["num_warps"] in (1, 2, 4, 8, 16), row
+            assert 1 <= row["num_stages"] <= 8, row
+
+
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_120"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_shape_has_a_configuration(arch, precision):
+    for kernel, names in SHAPES.items():
+        for size in (1, 44, 96, 768, 5000):
+            config(kernel, arch, precision, **dict.fromkeys(names, size))
+
+
+@settings(derandomize=True, database=None, deadline=None)
+@given(st.integers(1, 4096))
+def test_columns(channels):
+    tile, count = columns(channels)
+    assert is_power_of_two(tile) and tile >= 16
+    assert 1 <= count <= 3
+    assert tile * count >= channels
+    assert tile * (count - 1) < channels  # no tile is wasted
+    assert tile * count <= max(16, 2 * channels - 1)
+
+
+@pytest.mark.parametrize(
+    "channels, expected",
+    [(1, (16, 1)), (16, (16, 1)), (44, (16, 3)), (88, (32, 3)), (96, (32, 3)), (128, (128, 1)), (192, (64, 3)),
+     (352, (128, 3)), (512, (512, 1)), (1536, (512, 3)), (4096, (4096, 1))],
+)  # fmt: skip
+def test_columns_of_the_models(channels, expected):
+    assert columns(channels) == expected

@@ -1,0 +1,187 @@
+"""patch_embed: images of any strides and dtype to embedded patches."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_helpers import (
+    DTYPES,
+    Draw,
+    assert_empty_batch,
+    assert_fails,
+    assert_images_apart,
+    assert_operator,
+    assert_refuses,
+    assert_refuses_tensors,
+    assert_repeatable,
+    blocks,
+    check,
+    check_mixed,
+    each_dtype,
+    few_examples,
+    mutant,
+    odd_dtypes,
+)
+from swinfast.kernels import patch_embed as module
+from swinfast.kernels import tiles
+from swinfast.reference import ops
+
+CASES = {  # shape of images, patch, channels, bias, norm
+    "tiny": ((2, 3, 16, 20), (4, 4), 96, True, True),
+    "no norm": ((1, 3, 12, 8), (4, 4), 44, True, False),
+    "no bias": ((2, 1, 6, 10), (2, 2), 32, False, True),
+    "not square, left over": ((3, 3, 11, 9), (3, 2), 20, True, True),
+    "wide": ((1, 3, 4, 12), (4, 4), 352, True, True),
+    "one pixel": ((1, 1, 1, 1), (1, 1), 2, True, True),
+}
+
+
+def arguments(shape, patch, channels, bias, norm, dtype=torch.float32, pixels=False):
+    draw, area = Draw(dtype), math.prod(patch)
+    weights = draw.linear(shape[1] * area, channels)
+    args = {
+        "images": draw(*shape),
+        "weight": weights["weight"].view(channels, shape[1], *patch),
+        "bias": weights["bias"] if bias else None,
+    }
+    args |= draw.norm(channels) if norm else {"norm_weight": None, "norm_bias": None, "eps": 1e-5}
+    if pixels:
+        as_bytes = (args["images"].float() * 64 + 128).clamp(0, 255).to(torch.uint8)
+        scale = {
+            name: Draw(torch.float32)(shape[1], mean=mean, std=0.1) for name, mean in (("scale", 1), ("shift", -2))
+        }
+        args |= {"images": as_bytes, "scale": scale["scale"] / 64, "shift": scale["shift"]}
+    return args
+
+
+def reference(images, weight, bias, norm_weight, norm_bias, eps, scale=None, shift=None):
+    if scale is not None:
+        images = images.to(scale.dtype) * scale[:, None, None] + shift[:, None, None]
+    norm = None if norm_weight is None else (norm_weight, norm_bias, eps)
+    return ops.patch_embed(images.to(weight.dtype), weight, bias, norm)
+
+
+@each_dtype
+@pytest.mark.parametrize("name", CASES)
+def test_cases(name, dtype):
+    check(module.patch_embed, reference, arguments(*CASES[name], dtype), dtype)
+
+
+@st.composite
+def cases(draw):
+    patch = draw(st.tuples(*[st.integers(1, 5)] * 2))
+    size = (extent * draw(st.integers(1, 4)) + draw(st.integers(0, extent - 1)) for extent in patch)
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 5)), *size)
+    return shape, patch, draw(st.integers(4, 150)), draw(st.booleans()), draw(st.booleans())
+
+
+@few_examples
+@given(cases(), odd_dtypes, st.booleans())
+def test_odd_shapes(case, dtype, pixels):
+    check(module.patch_embed, reference, arguments(*case, dtype, pixels), dtype)
+
+
+STRIDES = {
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "crop": lambda x: torch.nn.functional.pad(x, (3, 2, 1, 0))[:, :, 1:, 3:-2],
+    "every other column": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("pixels", [False, True], ids=["float", "uint8"])
+@pytest.mark.parametrize("layout", STRIDES)
+def test_strides(layout, pixels):
+    args = arguments(*CASES["not square, left over"], pixels=pixels)
+    images = STRIDES[layout](args["images"])
+    assert not images.is_contiguous()
+    check(module.patch_embed, reference, args | {"images": images}, torch.float32)
+
+
+@each_dtype
+@pytest.mark.parametrize("name", ["tiny", "not square, left over"])
+def test_uint8_images(name, dtype):
+    check(module.patch_embed, reference, arguments(*CASES[name], dtype, pixels=True), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_other_dtypes_of_images_and_norm(dtype):
+    args = arguments(*CASES["tiny"], dtype)
+    images = Draw(torch.float32)(*args["images"].shape)
+    check(module.patch_embed, reference, args | {"images": images}, dtype)
+    vectors = {name: args[name].float() for name in ("norm_weight", "norm_bias")}
+    check_mixed(module.patch_embed, reference, args | vectors, dtype)
+
+
+@each_dtype
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_extremes(dtype):
+    args = arguments((2, 3, 8, 8), (4, 4), 44, True, False, dtype)
+    args["images"][0, :, :4] = 0
+    args["images"][0, :, 4:] = 6e4 * args["images"][0, :, 4:].sign()  # some sums overflow float16
+    check(module.patch_embed, reference, args, dtype)
+
+
+def test_runs_and_images_are_independent():
+    args = arguments((3, 3, 11, 9), (3, 2), 20, True, True)
+    assert_repeatable(module.patch_embed, args)
+    assert_images_apart(module.patch_embed, args, "images")
+    assert_empty_batch(module.patch_embed, args, "images")
+
+
+@pytest.mark.parametrize("pixels", [False, True], ids=["float", "uint8"])
+def test_operator(pixels):
+    args = arguments((2, 3, 8, 10), (4, 2), 24, True, True, torch.bfloat16, pixels)
+    assert_operator(module.patch_embed, args, ["images"], keep=["scale", "shift"])
+
+
+def test_errors():
+    op, args = module.patch_embed, arguments((2, 3, 8, 10), (4, 2), 24, True, True, pixels=True)
+    assert_refuses_tensors(op, args, "bias", "norm_weight", "norm_bias")
+    images, weight = args["images"], args["weight"]
+    assert_refuses(op, args, r"^images must have shape \[B, 3, H, W\], got \[2, 1, 8, 10\]", images=images[:, :1])
+    assert_refuses(op, args, r"^images must have shape \[B, 3, H, W\], got \[3, 8, 10\]", images=images[0])
+    for wrong, got in ((images.long(), "torch.int64"), (images.to("meta"), "torch.uint8 on meta")):
+        assert_refuses(op, args, f"^images must be float16, bfloat16, float32 or uint8 on .*, got {got}", images=wrong)
+    assert_refuses(op, args, "^weight must be contiguous, got strides", weight=weight.mT.contiguous().mT)
+    assert_refuses(op, args, r"^weight must have shape .*, got \[24, 24\]", weight=weight.flatten(1))
+    for name in ("scale", "shift"):
+        for wrong in (args[name].double(), args[name][:2]):
+            assert_refuses(op, args, rf"^{name} must be float32 \[3\], got torch.float", **{name: wrong})
+    for name in ("norm_weight", "norm_bias", "scale", "shift"):
+        assert_refuses(op, args, "^norm_weight and norm_bias, and scale and shift, must be given", **{name: None})
+
+
+# fmt: off
+MUTANTS = {
+    "row and column strides swapped": ("tiny", module, "(k // PATCH_W % PATCH_H).to(tl.int64) * row_stride",
+        "(k // PATCH_W % PATCH_H).to(tl.int64) * column_stride", "(k % PATCH_W).to(tl.int64) * column_stride",
+        "(k % PATCH_W).to(tl.int64) * row_stride"),
+    "rows and columns of patches swapped": ("tiny", module, "patch_column = row % patches_w",
+        "patch_column = row % patches_h", "(row // patches_w) % patches_h", "(row // patches_h) % patches_w"),
+    "one channel of three": ("tiny", module, "channel.to(tl.int64) * channel_stride", "channel.to(tl.int64) * 0"),
+    "the first image alone": ("tiny", module, "image.to(tl.int64) * image_stride", "image.to(tl.int64) * 0"),
+    "K tail not masked": ("not square, left over", module, "inside[:, None] & (k < K)[None, :]", "inside[:, None]"),
+    "edges of W not masked": ("not square, left over", tiles, "if WHOLE:", "if True:"),
+    "rows not masked": ("not square, left over", module, "inside = row < rows", "inside = row < rows + 1"),
+    "left over rows taken":
+        ("not square, left over", module, "images.shape[2] // patch_h", "-(-images.shape[2] // patch_h)"),
+    "no bias": ("no norm", module, "if HAS_BIAS:", "if False:"),
+    "no norm": ("tiny", module, "if NORM:", "if False:"),
+    "another eps": ("tiny", tiles, "squares / C + eps", "squares / C + 1e-5"),
+    "no scale and shift": ("uint8", module, "if SCALED:", "if False:"),
+    "no shift": ("uint8", module, " + offset[None, :]", ""),
+    "no scale": ("uint8", module, " * factor[None, :]", ""),
+    "scale of the first channel": ("uint8", module, "scale + channel", "scale + channel * 0"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_fail(name, tmp_path):
+    case, *change = MUTANTS[name]
+    args = arguments(*CASES["tiny" if case == "uint8" else case], pixels=case == "uint8")
+    with blocks(BLOCK_M=32, BLOCK_K=16):
+        assert_fails(mutant(tmp_path, module, *change).patch_embed, reference, args)
