@@ -1,4 +1,4 @@
-"""Autocast regions, asked for by device; there are devices that have none."""
+"""Autocast regions, asked for by device; meta tensors have none."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,7 +7,7 @@ import torch
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of the autocast region that a call is in, None outside one."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 

@@ -38,11 +38,11 @@ class WindowOrder(NamedTuple):
 
 
 def _cached(function):
-    """Cache a function's index tensors, but compute them anew while a graph is traced."""
+    """Cache a function's index tensors, but compute them anew while a graph is traced or tensors are fake."""
     cached = lru_cache(maxsize=256)(function)
 
     def call(*args):
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
             return function(*args)
         with torch.inference_mode(False):  # an inference tensor could not be used by a later training step
             return cached(*args)
