@@ -120,7 +120,7 @@ def _derive_block(block: BlockSpec, dtype: torch.dtype, pack: bool) -> BlockTabl
     exact = torch.promote_types(logit_scale.dtype, torch.float32)
     scale = logit_scale.to(exact).clamp(max=MAX_LOGIT_SCALE).exp()
     return BlockTables(
-        bias=_bias_table(block, exact).to(dtype),
+        bias=_bias_table(block, exact),
         scale=torch.stack([scale, torch.ones_like(scale)])[:, :, None, None].to(dtype),
         qkv=_linear(block.qkv, dtype, pack),
         proj=_linear(block.proj, dtype, pack),
@@ -213,11 +213,12 @@ def _attention(block: BlockSpec, tables: BlockTables, x: Tensor, grid: Size) -> 
     qkv = tables.qkv(x).view(-1, tokens, 3, heads, channels // heads)
     qkv = qkv.permute(2, 0, 3, 1, 4).contiguous()  # [3, B * windows, heads, N, d]
     query_key, value = qkv[:2], qkv[2]
-    # A 16-bit norm overflows or loses its eps: fp32 at least.
-    exact = torch.promote_types(qkv.dtype, torch.float32)
+    # In float16 a norm overflows or loses its eps; bfloat16 has the range of float32.
+    exact = torch.float32 if qkv.dtype == torch.float16 else qkv.dtype
     length = torch.linalg.vector_norm(query_key, dim=-1, keepdim=True, dtype=exact).clamp_min(NORM_EPS)
     query, key = (query_key * (tables.scale[:, None] / length)).to(qkv.dtype)
-    logits = query @ key.transpose(-2, -1)
+    # A softmax of 16-bit numbers takes twice as long on a CPU as one in float32 with the conversions.
+    logits = (query @ key.transpose(-2, -1)).to(tables.bias.dtype)
     _add_bias(logits.unflatten(0, (-1, *grid)), tables.bias)
     out = logits.softmax(dim=-1).to(value.dtype) @ value
     return tables.proj(out.transpose(1, 2).reshape(x.shape))
