@@ -1,4 +1,4 @@
-"""Write the table of results into README.md from bench/results. `python -m bench.readme`; --check only compares."""
+"""Write the tables of results into README.md and docs/ from bench/results. `--check` only compares."""
 
 import csv
 import sys
@@ -8,19 +8,24 @@ from tabulate import tabulate
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- results: written by python -m bench.readme -->", "<!-- end of results -->"
+TABLES = {"README.md": "peers_cpu", "docs/benchmarks.md": "cpu"}  # document: result file, written by bench.<its name>
+COMMANDS = {"peers_cpu": "bench.peers_cpu", "cpu": "bench.models"}
+Row = dict[str, str]
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    written = with_results(text, latest(ROOT / "bench/results/cpu.csv"))
-    if "--check" in sys.argv:
-        return int(written != text)
-    readme.write_text(written, encoding="utf-8")
-    return 0
+    differs = False
+    for document, results in TABLES.items():
+        path = ROOT / document
+        text = path.read_text(encoding="utf-8")
+        written = with_results(text, latest(ROOT / f"bench/results/{results}.csv"), COMMANDS[results])
+        differs |= written != text
+        if "--check" not in sys.argv:
+            path.write_text(written, encoding="utf-8")
+    return int(differs and "--check" in sys.argv)
 
 
-def latest(path: Path) -> list[dict[str, str]]:
+def latest(path: Path) -> list[Row]:
     """The rows of a result file; of a repeated measurement the last."""
     with path.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
@@ -28,30 +33,32 @@ def latest(path: Path) -> list[dict[str, str]]:
     return list({tuple(row[key] for key in keys): row for row in rows}.values())
 
 
-def with_results(text: str, rows: list[dict[str, str]]) -> str:
-    """The README with its table made anew."""
+def with_results(text: str, rows: list[Row], command: str) -> str:
+    """A document with its tables made anew, one for each device."""
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    return f"{before}{START}\n{table(rows)}\n{END}{after}"
+    devices = dict.fromkeys(row["device"] for row in rows)
+    tables = "\n\n".join(table([row for row in rows if row["device"] == device], command) for device in devices)
+    return f"{before}{START}\n{tables}\n{END}{after}"
 
 
-def table(rows: list[dict[str, str]]) -> str:
-    """Images per second, swinfast beside timm eager, for each model, dtype and batch size."""
-    cells = {}
+def table(rows: list[Row], command: str) -> str:
+    """Images per second of each engine, for each model, dtype and batch size on one device."""
+    engines = dict.fromkeys(row["engine"] for row in rows)
+    groups: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        key = (row["model"], row["dtype"], int(row["infer_batch_size"]), row["device"])
-        cells.setdefault(key, {})[row["engine"]] = row
+        groups.setdefault((row["model"], row["dtype"], int(row["infer_batch_size"])), {})[row["engine"]] = row
     lines = []
-    for (model, dtype, batch, _), engines in cells.items():
-        eager, fast = engines["timm eager"], engines["swinfast"]
-        speeds = [float(engine["infer_samples_per_sec"]) for engine in (eager, fast)]
-        ratio = f"{speeds[1] / speeds[0]:.2f}×"
-        lines.append((f"`{model}`", dtype, batch, *speeds, ratio, eager["rel_error"], fast["rel_error"]))
-    headers = ("model", "dtype", "batch", "timm, img/s", "swinfast, img/s", "speed-up", "timm's error", "our error")
-    row = rows[0]
+    for (model, dtype, batch), found in groups.items():
+        speeds = [found[engine]["infer_samples_per_sec"] if engine in found else "–" for engine in engines]
+        plain, fast = found["timm eager"], found["swinfast"]
+        ratio = float(fast["infer_samples_per_sec"]) / float(plain["infer_samples_per_sec"])
+        errors = f"{fast['rel_error']} / {plain['rel_error']}"
+        lines.append((f"`{model}`", dtype, batch, *speeds, f"{ratio:.2f}×", errors))
+    headers = ("model", "dtype", "batch", *engines, "swinfast / eager", "error: ours / timm's")
     source = (
-        f"{row['device']}, PyTorch {row['torch']}. Medians of one interleaved run (`python -m bench.models`); error: "
-        "relative RMS against the same model in float64."
+        f"Images/s on {rows[0]['device']}, PyTorch {rows[0]['torch']}: medians of one interleaved run each "
+        f"(`python -m {command}`). Error: relative RMS against the same model in float64."
     )
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True) + f"\n\n{source}"
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import small_model_args
+from torch.utils.flop_counter import FlopCounterMode
 
 import swinfast
-from bench import models, readme
+from bench import models, peers_cpu, readme
 from swinfast.benchmark import Timing, compare, randomise
 
 ROOT = Path(__file__).parents[1]
@@ -68,5 +69,29 @@ def test_readme_table_keeps_the_last_of_a_repeated_measurement(tmp_path):
     row = dict.fromkeys(models.COLUMNS, "x") | {"infer_batch_size": "8", "dtype": "float32", "device": "d"}
     for speed, engine in (("1", "timm eager"), ("9", "swinfast"), ("2", "timm eager"), ("5", "swinfast")):
         models.append(tmp_path / "r.csv", row | {"infer_samples_per_sec": speed, "engine": engine})
-    (line,) = [line for line in readme.table(readme.latest(tmp_path / "r.csv")).splitlines() if "float32 |" in line]
+    table = readme.table(readme.latest(tmp_path / "r.csv"), "bench.models")
+    (line,) = [line for line in table.splitlines() if "float32 |" in line]
     assert "2.50×" in line
+
+
+def test_peers_on_a_cpu(timm, monkeypatch):
+    """Every engine's error stands beside its speed; the products alone are those of the model."""
+    model = randomise(timm.create_model("swinv2_cr_tiny_224", **small_model_args())).eval()
+    engines = {"timm eager": model, "swinfast": swinfast.optimize(model), "wrong": lambda x: model(x) + 1}
+    monkeypatch.setattr(peers_cpu, "engines_for", lambda *_: engines)
+    rows = {row["engine"]: row for row in peers_cpu.measure(model, "small", torch.float32, 2, rounds=1)}
+    assert float(rows["swinfast"]["rel_error"]) < 1e-5 < 0.1 < float(rows["wrong"]["rel_error"])
+    assert rows["swinfast"]["top1_agreement"] == 1
+    assert "rel_error" not in rows[peers_cpu.PRODUCTS]
+
+
+def test_products_are_those_of_the_model(timm):
+    model = randomise(timm.create_model("swinv2_cr_tiny_ns_224", num_classes=0)).eval()
+    run = peers_cpu.products(model, torch.float64, 1)  # which nothing packs, so that PyTorch can count
+    with FlopCounterMode(display=False) as ours, torch.inference_mode():
+        run()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.randn(1, 3, 224, 224))
+    heads = [(block.attn.meta_mlp.fc1.out_features, block.attn.num_heads) for s in model.stages for block in s.blocks]
+    bias = sum(2 * 49**2 * (2 * hidden + hidden * count) for hidden, count in heads)
+    assert ours.get_total_flops() == pytest.approx(counter.get_total_flops() - bias, rel=1e-6)
