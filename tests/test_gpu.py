@@ -5,6 +5,8 @@ import threading
 import pytest
 import torch
 from helpers import random_images, randomise, relative_rms, small_model_args
+from swinfast.kernels.linear import linear
+from swinfast.kernels.window_attention import padded_size, window_attention
 
 import swinfast
 
@@ -111,3 +113,20 @@ def test_compile(timm):
     compiled = torch.compile(swinfast.optimize(model), fullgraph=True)
     with torch.no_grad():
         assert relative_rms(compiled(images), model(images)) <= 1e-4
+
+
+def test_offsets_beyond_32_bits():
+    """The last image of a batch whose qkv has more than 2^31 elements has the answer that it has alone."""
+    count = 2**31 // (56 * 56 * 288) + 2
+    size = {"dtype": torch.float16, "device": "cuda"}
+    qkv = torch.zeros(count, 56, 56, 288, **size)
+    qkv[-1] = torch.randn(56, 56, 288, **size)
+    bias, logit_scale = torch.randn(288, **size), torch.ones(3, **size)
+    padded = padded_size(qkv.device, qkv.dtype, (7, 7), 32)
+    table = torch.randn(4, 3, *padded, **size)
+    with torch.no_grad():
+        got = window_attention(qkv, bias, logit_scale, table, [7, 7], [3, 3])
+        alone = window_attention(qkv[-1:].clone(), bias, logit_scale, table, [7, 7], [3, 3])
+        assert torch.equal(got[-1:], alone)
+        weight = torch.randn(32, 288, **size)
+        assert torch.equal(linear(qkv, weight, None)[-1:], linear(qkv[-1:].clone(), weight, None))
