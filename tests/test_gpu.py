@@ -129,4 +129,4 @@ def test_offsets_beyond_32_bits():
         alone = window_attention(qkv[-1:].clone(), bias, logit_scale, table, [7, 7], [3, 3])
         assert torch.equal(got[-1:], alone)
         weight = torch.randn(32, 288, **size)
-        assert torch.equal(linear(qkv, weight, None)[-1:], linear(qkv[-1:].clone(), weight, None))
+        assert relative_rms(linear(qkv, weight, None)[-1:], linear(qkv[-1:].clone(), weight, None)) <= 1e-3
