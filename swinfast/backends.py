@@ -5,7 +5,6 @@ A backend is a module with ``name``, ``derive_patch_embed``, ``patch_embed``, ``
 weights.
 """
 
-from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,7 +14,6 @@ from . import torch_backend
 from .specs import PatchEmbedSpec, StageSpec
 
 CHOICES = ("auto", "torch", "triton")
-OLDEST_CAPABILITY = (8, 0)
 
 
 class Choice(NamedTuple):
@@ -62,30 +60,16 @@ def _require(device: torch.device) -> None:
         raise RuntimeError(f"backend='triton' can't run: {problem}; use backend='auto' or 'torch'")
 
 
-@torch.compiler.assume_constant_result
 def why_no_triton(device: torch.device) -> str | None:
     """Why Triton kernels can't run on a device, None where they can."""
-    return _why_no_triton(device)
-
-
-@cache
-def _why_no_triton(device: torch.device) -> str | None:
     try:
-        interpreted = _triton_backend().INTERPRETED
+        return _triton_backend().why_not_on(device)
     except ImportError as error:
         return f"Triton is not installed ({error})"
-    if device.type == "cuda":
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
-            found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-            return f"{torch.cuda.get_device_name(device)} has compute capability {found}, the kernels need 8.0"
-        return None
-    if interpreted or device.type == "meta":
-        return None
-    return f"Triton kernels run on a GPU, and the model is on {device}"
 
 
 def _triton_backend() -> ModuleType:
-    """Imported where it is needed: Triton exists on Linux alone."""
+    """Imported where it is needed: Triton exists on Linux alone, and takes its time."""
     from . import triton_backend
 
     return triton_backend

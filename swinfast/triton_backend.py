@@ -17,9 +17,10 @@ from .kernels.stages import Block, Linear, Merge, Norm, bias_table, forms_of, ru
 from .kernels.window_attention import LARGEST_HEAD_DIM, LARGEST_WINDOW
 from .specs import BlockSpec, ImageScale, MergeSpec, PatchEmbedSpec, StageSpec
 
-__all__ = ["INTERPRETED", "derive_patch_embed", "derive_stage", "describe", "name", "patch_embed", "stage", "why_not"]
+__all__ = ["derive_patch_embed", "derive_stage", "describe", "name", "patch_embed", "stage", "why_not", "why_not_on"]
 
 LARGEST_CHANNELS = 4096
+OLDEST_CAPABILITY = (8, 0)
 name = "triton"
 
 
@@ -33,6 +34,19 @@ class StageTables(NamedTuple):
     dtype: torch.dtype  # of the residual stream: float32 under autocast, which casts matrix products alone
     merge: Merge | None
     blocks: tuple[Block, ...]
+
+
+@torch.compiler.assume_constant_result
+def why_not_on(device: torch.device) -> str | None:
+    """Why the kernels can't run on a device, None where they can."""
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+            found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+            return f"{torch.cuda.get_device_name(device)} has compute capability {found}, the kernels need 8.0"
+        return None
+    if INTERPRETED or device.type == "meta":
+        return None
+    return f"Triton kernels run on a GPU, and the model is on {device}"
 
 
 def why_not(spec: PatchEmbedSpec | StageSpec, dtype: torch.dtype) -> str | None:

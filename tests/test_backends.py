@@ -87,11 +87,11 @@ def test_a_stage_that_kernels_do_not_cover_stays_original(timm):
 def test_an_old_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    problem = backends._why_no_triton.__wrapped__(torch.device("cuda"))
+    problem = backends.why_no_triton(torch.device("cuda"))
     assert problem == "Tesla T4 has compute capability 7.5, the kernels need 8.0"
 
 
 def test_without_triton_installed(monkeypatch):
     monkeypatch.setattr(backends, "_triton_backend", lambda: __import__("swinfast.no_such_module"))
-    problem = backends._why_no_triton.__wrapped__(torch.device("cuda"))
+    problem = backends.why_no_triton(torch.device("cuda"))
     assert problem.startswith("Triton is not installed (No module named")
