@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 Size = tuple[int, int]
 
@@ -42,7 +43,9 @@ def _cached(function):
     cached = lru_cache(maxsize=256)(function)
 
     def call(*args):
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return function(*args)
+        if torch._C._len_torch_dispatch_stack() and detect_fake_mode() is not None:
             return function(*args)
         with torch.inference_mode(False):  # an inference tensor could not be used by a later training step
             return cached(*args)
