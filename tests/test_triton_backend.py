@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import swinfast
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+QUICK = ("square", "not square", "padded, odd grids", "window larger than the map", "shift on one axis", "extra norms")
 LAUNCH_NOTHING = {"aten::empty", "aten::as_strided_"}
 TINY = SMALL | {"img_size": 32, "window_size": 4}
 
@@ -47,7 +48,9 @@ def assert_passes(model, fast, images):
     assert outcome.passed, outcome
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
+)
 def test_options(timm, name):
     model = make(timm, OPTIONS[name], "timm")
     assert_passes(model, optimised(model), images_for(OPTIONS[name]))
