@@ -181,7 +181,6 @@ def operator(launcher: Callable[..., Tensor]) -> Callable[..., Tensor]:
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and not torch._C._len_torch_dispatch_stack()
-            and not first.is_meta  # it has no autocast to ask for
             and not (first.device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(first.device.type))
         )
         return launcher(*args, **kwargs) if plain else op(*args, **kwargs)

@@ -57,7 +57,14 @@ def test_options(timm, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["square", "padded, odd grids", pytest.param("head_dim 44", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "square",
+        "padded, odd grids",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("extra norms", "head_dim 44")),
+    ],
+)
 def test_dtypes(timm, name, dtype):
     model = make(timm, OPTIONS[name], "reference")
     assert_passes(model, optimised(model, dtype=dtype), images_for(OPTIONS[name]))
