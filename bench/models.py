@@ -59,7 +59,7 @@ def measure(
         raise RuntimeError(f"{name} in {dtype} is wrong, so its speed means nothing: {outcome}")
     eager = copy.deepcopy(plain).to(dtype)
     images = torch.randn(batch, 3, *plain.img_size, device=device, dtype=dtype)
-    timings = compare({"timm eager": lambda: eager(images), "swinfast": lambda: fast(images)}, rounds)
+    timings = compare({"timm eager": lambda: eager(images), "swinfast": lambda: fast(images)}, rounds, device=device)
     errors = {"timm eager": outcome.plain, "swinfast": outcome.fast}
     shared = {"top1_agreement": outcome.top1_agreement, "rounds": rounds}
     return [

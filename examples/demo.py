@@ -51,7 +51,8 @@ def time_models(device: torch.device) -> None:
     rows = []
     for batch in (1, 8):
         images = torch.randn(batch, 3, 224, 224, device=device)
-        timings = compare({"plain": lambda x=images: model(x), "fast": lambda x=images: fast(x)}, rounds=5)
+        both = {"plain": lambda x=images: model(x), "fast": lambda x=images: fast(x)}
+        timings = compare(both, rounds=5, device=device)
         plain, optimised = batch / timings["plain"].median, batch / timings["fast"].median
         rows.append((batch, f"{plain:.1f}", f"{optimised:.1f}", f"{optimised / plain:.2f}×"))
     print(f"\n{TIMED} in float32, images/s:")

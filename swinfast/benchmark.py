@@ -1,16 +1,19 @@
 """Fair timing: candidates take turns in one run, so that a machine whose speed drifts slows all of them alike."""
 
+import itertools
 import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+GPU_WARMUP, GPU_ROUND = 5, 25  # milliseconds of one candidate's turn
 
 
 @dataclass(frozen=True)
@@ -26,30 +29,65 @@ class Timing:
         return cls(statistics.median(ordered), ordered[math.ceil(0.95 * len(ordered)) - 1])
 
 
-def compare(candidates: Mapping[str, Callable[[], object]], rounds: int = 10, warmup: int = 2) -> dict[str, Timing]:
-    """Time functions of no arguments, one call of each in turn, under inference mode.
+def compare(
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int = 10,
+    warmup: int = 2,
+    device: torch.device | None = None,
+) -> dict[str, Timing]:
+    """Time functions of no arguments in turn, round after round, under inference mode.
+
+    On a CPU a round is one call of each by the wall clock. On a GPU it is some calls of each by
+    ``triton.testing.do_bench``: GPU events around every call, after the L2 cache was overwritten.
 
     Args:
         candidates: Functions by name.
-        rounds: Timed calls of each.
-        warmup: Calls of each before that.
+        rounds: Timed rounds.
+        warmup: Rounds before that, which are not counted.
+        device: Where the functions compute; None for a CPU.
     """
+    measure = _on_gpu if device is not None and device.type == "cuda" else _on_cpu
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     with torch.inference_mode():
         for round_ in range(-warmup, rounds):
             for name, function in candidates.items():
-                _synchronize()
-                start = time.perf_counter()
-                function()
-                _synchronize()
+                times = measure(function)
                 if round_ >= 0:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name] += times
     return {name: Timing.of(values) for name, values in seconds.items()}
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _on_cpu(function: Callable[[], object]) -> list[float]:
+    start = time.perf_counter()
+    function()
+    return [time.perf_counter() - start]
+
+
+def _on_gpu(function: Callable[[], object]) -> list[float]:
+    from triton.testing import do_bench
+
+    times = do_bench(function, warmup=GPU_WARMUP, rep=GPU_ROUND, return_mode="all")
+    return [time / 1e3 for time in times]
+
+
+def rotating(function: Callable[..., object], inputs: Sequence[tuple]) -> Callable[[], object]:
+    """A function of no arguments that calls another on several inputs in turn, so that none is found in a cache."""
+    turns = itertools.cycle(inputs)
+    return lambda: function(*next(turns))
+
+
+def copies_beyond_cache(size: int, device: torch.device) -> int:
+    """How many inputs of size bytes it takes until the first is in no cache any more, at least 2."""
+    return max(2, -(-2 * cache_size(device) // max(1, size)))
+
+
+def cache_size(device: torch.device) -> int:
+    """Bytes of the last-level cache: L2 of a GPU, L3 of a CPU (32 MiB where it can't be told)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    file = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    text = file.read_text(encoding="utf-8").strip() if file.exists() else ""
+    return int(text[:-1]) << 10 if text.endswith("K") and text[:-1].isdigit() else 32 << 20
 
 
 def describe_device(device: torch.device) -> str:

@@ -42,7 +42,7 @@ def predict(model_folder):
 @pytest.fixture
 def no_model(monkeypatch):
     """Nothing may be loaded."""
-    monkeypatch.setattr("swinfast.cli.create_model", lambda *args, **options: pytest.fail("a model was made"))
+    monkeypatch.setattr("swinfast.cli_predict.create_model", lambda *args, **options: pytest.fail("a model was made"))
 
 
 def read_csv(file: Path) -> list[list[str]]:
@@ -281,7 +281,7 @@ def test_interrupted_while_loading(predict, photos, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("swinfast.cli.create_model", interrupt)
+    monkeypatch.setattr("swinfast.cli_predict.create_model", interrupt)
     assert predict(photos) == 130
 
 
