@@ -2,7 +2,7 @@
 
 A backend is a module with ``name``, ``derive_patch_embed``, ``patch_embed``, ``derive_stage``, ``stage`` and
 ``describe``, as ``torch_backend`` defines them: the derive functions make what they need of the parameters, once per
-weights.
+weights. Where it is ``capturable`` a CUDA graph may be made of it, and ``graph_pays`` says for which inputs that pays.
 """
 
 from types import ModuleType
@@ -14,6 +14,7 @@ from . import torch_backend
 from .specs import PatchEmbedSpec, StageSpec
 
 CHOICES = ("auto", "torch", "triton")
+PREFER_TRITON = ("cuda",)  # types of devices where "auto" does
 
 
 class Choice(NamedTuple):
@@ -36,17 +37,26 @@ def check_choice(choice: str, device: torch.device) -> None:
         _require(torch.device("cuda") if device.type == "cpu" and torch.cuda.is_available() else device)
 
 
-def choose(choice: str, spec: PatchEmbedSpec | StageSpec, device: torch.device, dtype: torch.dtype) -> Choice:
+def choose(
+    choice: str,
+    spec: PatchEmbedSpec | StageSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    failure: str | None = None,
+) -> Choice:
     """What a choice means for a module with parameters of a dtype on a device.
+
+    Args:
+        failure: How Triton failed at the module before, if it did.
 
     Raises:
         RuntimeError: Triton is forced and can't run on the device.
     """
-    if choice == "torch" or (choice == "auto" and device.type != "cuda"):
+    if choice == "torch" or (choice == "auto" and device.type not in PREFER_TRITON):
         return Choice(torch_backend)
     if choice == "triton":
         _require(device)
-    problem = why_no_triton(device) or _triton_backend().why_not(spec, dtype)
+    problem = why_no_triton(device) or _triton_backend().why_not(spec, dtype) or failure
     if problem is None:
         return Choice(_triton_backend())
     if choice == "auto":

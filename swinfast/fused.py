@@ -4,6 +4,7 @@ submodules, parameters, names, methods and attributes stay the original ones, an
 In training mode, and wherever the fused computation would not be faithful, the original forward runs.
 """
 
+import warnings
 from collections.abc import Iterable
 from functools import cache, partial
 from types import ModuleType
@@ -14,36 +15,56 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
 
-from . import torch_backend
+from . import graphs, torch_backend
 from .adapters import HOOKS, Adapter, adapter_of, why_not
 from .autocast import autocast_dtype
 from .backends import choose
-from .plan import Plan
+from .plan import Plan, SequencePlan
 from .recompute import FusedForward
+from .self_check import is_asked_for, self_check
 from .specs import ImageScale
 
 CHUNK_TOKENS = 4 * 56 * 56  # that a CPU works on at a time: four images of 224 x 224, about what its caches hold
 
 
 class Settings:
-    """What optimize was told of a module, and its plan, which no copy or pickle takes along."""
+    """What optimize was told of a module, and what was found since, which no copy or pickle takes along.
 
-    def __init__(self, backend: str, image_scale: ImageScale | None = None):
+    Attributes:
+        image_scale: Mean and std for uint8 images.
+        plan: How the module runs.
+        failure: How Triton failed at the module, None where it has not.
+        unchecked: Whether Triton's first answer is to be checked.
+    """
+
+    def __init__(self, backend: str, cuda_graphs: bool | str = "auto", image_scale: ImageScale | None = None):
         self.backend = backend
-        self.image_scale = image_scale  # mean and std for uint8 images
-        self.plan: Plan | None = None
+        self.cuda_graphs = cuda_graphs
+        self.image_scale = image_scale
+        self.forget()
+
+    def forget(self) -> None:
+        """Find out anew how the module runs."""
+        self.plan: Plan | SequencePlan | None = None
+        self.failure: str | None = None
+        self.unchecked = is_asked_for()
 
     def __reduce__(self):
-        return Settings, (self.backend, self.image_scale)
+        return Settings, (self.backend, self.cuda_graphs, self.image_scale)
 
     def __deepcopy__(self, memo):
-        return Settings(self.backend, self.image_scale)
+        return Settings(self.backend, self.cuda_graphs, self.image_scale)
 
 
 class Fused:
     """What all replaced modules share; their other parent is the class they had."""
 
     original: type[nn.Module]
+    _swinfast: Settings
+
+    def _apply(self, fn, recurse=True):
+        self._swinfast.plan = None
+        return super()._apply(fn, recurse)
 
     def __reduce_ex__(self, protocol):
         """Rebuild from the two parents: the class itself is made at run time and can't be imported."""
@@ -59,16 +80,6 @@ class Fused:
 class FusedComputation(Fused):
     """A module whose forward a backend computes."""
 
-    _swinfast: Settings
-
-    def _apply(self, fn, recurse=True):
-        self._swinfast.plan = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._swinfast.plan = None
-        super()._load_from_state_dict(*args, **kwargs)
-
     def set_input_size(self, *args, **kwargs):
         self._swinfast.plan = None
         return super().set_input_size(*args, **kwargs)
@@ -81,13 +92,14 @@ class FusedComputation(Fused):
         """How this module runs now."""
         plan = self._swinfast.plan
         if plan is None or not plan.holds():
-            plan = self._swinfast.plan = Plan(self.adapter, self, self._swinfast.backend)
+            plan = Plan(self.adapter, self, self._swinfast.backend, self._swinfast.failure)
+            self._swinfast.plan = plan
         return plan
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             return super().forward(x)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.is_meta:
+        if _is_traced(x):
             return self._traced_forward(x)
         if _is_transformed():
             return super().forward(x)
@@ -103,16 +115,46 @@ class FusedComputation(Fused):
         return self.original.forward(self, x)
 
     def fused_forward(self, plan: Plan, x: Tensor) -> Tensor:
-        autocast = autocast_dtype(x.device)
-        derive = partial(self._derive, plan.backend, traced=False, autocast=autocast)
-        return self._run(plan.backend, plan.spec, plan.derived(autocast, derive), x)
+        """The fused computation without gradients, by another backend where Triton fails at it."""
+        if not plan.backend.may_fail:
+            return self.compute(plan, x)
+        try:
+            out = self.compute(plan, x)
+            problem = None
+            if self._swinfast.unchecked:
+                self._swinfast.unchecked = False
+                problem = self_check(self, self._prepare(plan.spec, x))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            problem = graphs.in_a_line(error)
+        return out if problem is None else self._fall_back(problem, x)
+
+    def _fall_back(self, problem: str, x: Tensor) -> Tensor:
+        """Compute without Triton, now and from now on; where PyTorch fails too, the input is at fault."""
+        plan = Plan(self.adapter, self, self._swinfast.backend, problem)
+        out = self.original_forward(x) if plan.backend is None else self.compute(plan, x)
+        self._swinfast.plan, self._swinfast.failure = plan, problem
+        kind = self.adapter.kind
+        warnings.warn(f"Triton failed, so a {kind} is computed without it from now on: {problem}", stacklevel=2)
+        return out
+
+    def compute(self, plan: Plan, x: Tensor) -> Tensor:
+        """The fused computation by the plan's backend."""
+        return self._run(plan.backend, plan.spec, self.tables(plan, _kind(x)), x)
+
+    def tables(self, plan: Plan, kind: tuple) -> Any:
+        """What the plan's backend needs of the parameters, made once."""
+        derive = partial(self._derive, plan.backend, traced=False, autocast=kind[0])
+        return plan.derived(kind, derive)
 
     def _traced_forward(self, x: Tensor) -> Tensor:
         """In a graph everything is derived on the spot, so that the graph sees edited weights."""
         if why_not(self.adapter, self) is not None:
             return super().forward(x)
         spec, parameters = self.adapter.read(self), tuple(self.parameters())
-        choice = choose(self._swinfast.backend, spec, parameters[0].device, parameters[0].dtype)
+        settings = self._swinfast
+        choice = choose(settings.backend, spec, parameters[0].device, parameters[0].dtype, settings.failure)
         if choice.backend is None:
             return super().forward(x)
         # the graph must be differentiable where gradients are wanted, and only PyTorch's operations are
@@ -171,6 +213,18 @@ class FusedPatchEmbed(FusedComputation):
 class FusedStage(FusedComputation):
     """Patch merging and the blocks of one stage, [B, C, H, W] in and out."""
 
+    def fused_forward(self, plan, x):
+        if not graphs.may_run(self._swinfast.cuda_graphs, plan, x):
+            return super().fused_forward(plan, x)
+        kind = _kind(x)
+        return plan.graphs.run(
+            x,
+            kind,
+            reads=lambda: (self.tables(plan, kind),),
+            compute=lambda tables, x: self._run(plan.backend, plan.spec, *tables, x),
+            plain=lambda: FusedComputation.fused_forward(self, plan, x),
+        )
+
     def _derive(self, backend, spec, traced, autocast):
         return backend.derive_stage(spec, traced, autocast)
 
@@ -179,21 +233,64 @@ class FusedStage(FusedComputation):
 
 
 class FusedStages(Fused):
-    """The Sequential of stages. On a CPU a large batch goes through in chunks that stay in its caches."""
+    """The Sequential of stages: one computation, where nothing in or on a stage could tell it from several.
+
+    On a GPU one CUDA graph spans it; on a CPU a large batch goes through in chunks that stay in its caches.
+    """
+
+    def plan(self) -> SequencePlan | None:
+        """How the stages run as one, None where each must run by itself."""
+        plans = []
+        for stage in self:
+            if not isinstance(stage, FusedStage) or stage.training or any(getattr(stage, hooks) for hooks in HOOKS):
+                return None
+            plan = stage.plan()
+            if plan.reason is not None or plan.is_random():
+                return None
+            plans.append(plan)
+        kept = self._swinfast.plan
+        if kept is None or not kept.holds(plans):
+            kept = self._swinfast.plan = SequencePlan(plans)
+        return kept
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu":
+        plan = None if self.training or _is_traced(x) or _is_transformed() else self.plan()
+        if plan is None:
             return super().forward(x)
-        chunk = max(1, CHUNK_TOKENS // max(1, x.shape[2] * x.shape[3]))
-        if x.shape[0] <= chunk or _is_transformed() or not all(map(_takes_chunks, self)):
-            return super().forward(x)
-        return torch.cat([self.original.forward(self, part) for part in x.split(chunk)])
+        if _needs_grad(x, plan.parameters):
+            return FusedForward.apply(self, plan, x, *plan.parameters)
+        return self.fused_forward(plan, x)
 
+    def original_forward(self, x: Tensor) -> Tensor:
+        """Stage by stage, so that a backward pass keeps the activations of one stage at a time."""
+        return self.original.forward(self, x)
 
-def _takes_chunks(stage: nn.Module) -> bool:
-    """Whether nothing in or on a stage could tell a part of a batch from the whole."""
-    hooked = any(getattr(stage, hooks) for hooks in HOOKS)
-    return isinstance(stage, FusedStage) and not hooked and stage.plan().reason is None
+    def fused_forward(self, plan: SequencePlan, x: Tensor) -> Tensor:
+        if graphs.may_run(self._swinfast.cuda_graphs, plan, x):
+            kind = _kind(x)
+            return plan.graphs.run(
+                x,
+                kind,
+                reads=lambda: tuple(stage.tables(one, kind) for stage, one in zip(self, plan.plans, strict=True)),
+                compute=partial(self._compute, plan),
+                plain=lambda: self._one_by_one(plan, x),
+            )
+        chunk = max(1, CHUNK_TOKENS // max(1, x.shape[2] * x.shape[3])) if x.dim() == 4 else len(x)
+        if x.device.type != "cpu" or len(x) <= chunk:
+            return self._one_by_one(plan, x)
+        return torch.cat([self._one_by_one(plan, part) for part in x.split(chunk)])
+
+    def _one_by_one(self, plan: SequencePlan, x: Tensor) -> Tensor:
+        # where no graph can span all stages, because PyTorch computes one, the others may have their own
+        forward = FusedComputation.fused_forward if plan.may_be_captured else FusedStage.fused_forward
+        for stage, one in zip(self, plan.plans, strict=True):
+            x = forward(stage, one, x)
+        return x
+
+    def _compute(self, plan: SequencePlan, tables: tuple, x: Tensor) -> Tensor:
+        for stage, one, its_tables in zip(self, plan.plans, tables, strict=True):
+            x = stage._run(one.backend, one.spec, its_tables, x)
+        return x
 
 
 FUSED = {"patch embedding": FusedPatchEmbed, "stage": FusedStage}
@@ -212,6 +309,16 @@ def _fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[nn.Modul
 def _rebuild(mixin: type[Fused], original: type[nn.Module]) -> nn.Module:
     cls = _fused_class(mixin, original)
     return cls.__new__(cls)
+
+
+def _kind(x: Tensor) -> tuple[torch.dtype | None, str]:
+    """What the fused computation depends on besides weights and input: the autocast region, whether TF32 is allowed."""
+    return autocast_dtype(x.device), torch.backends.cuda.matmul.fp32_precision
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether a graph is made of this call, or the tensor is none that can be computed with."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.is_meta
 
 
 def _needs_grad(x: Tensor, parameters: Iterable[Tensor]) -> bool:

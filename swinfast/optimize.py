@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from . import graphs
 from .adapters import DTYPES, SUPPORTED, Adapter, adapter_of
 from .backends import check_choice
-from .fused import FUSED, Fused, FusedComputation, FusedStage, FusedStages, ImageScale, Settings, fuse
+from .fused import FUSED, Fused, FusedStage, FusedStages, ImageScale, Settings, fuse
 
 
 def optimize(
@@ -32,7 +33,9 @@ def optimize(
         model: The model; it is left untouched unless inplace.
         dtype: Dtype to convert the copy to (torch.float32, bfloat16, float16, float64), None to leave it.
         backend: "auto" for the best one for the tensors' device, "torch" or "triton" to force one.
-        cuda_graphs: "auto" or False. True needs an engine that this version does not have.
+        cuda_graphs: Whether the launches of all stages are one CUDA graph, for each size and stream that is seen twice.
+            "auto" for sizes where launching would take longer than computing, True for all, False for none. Stages
+            that PyTorch computes are launched one by one.
         inplace: Replace in the model itself and return it, in place of a deep copy.
         mean, std: Per channel, to normalise uint8 images with, for pixel values in 0..1; by default those of the
             model's config (``pretrained_cfg``), where it has one.
@@ -46,7 +49,10 @@ def optimize(
         RuntimeError: A forced backend, or CUDA graphs, can't run here.
     """
     _check_arguments(model, dtype, cuda_graphs, mean, std)
-    check_choice(backend, next((p.device for p in model.parameters()), torch.device("cpu")))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    check_choice(backend, device)
+    if cuda_graphs is True and not graphs.are_possible(device):
+        raise RuntimeError(f"cuda_graphs=True can't run: no GPU, and the model is on {device}; use cuda_graphs='auto'")
     if not any(_adapter_of(module) for module in model.modules()):
         raise ValueError(f"found nothing to optimize in {type(model).__name__}; supported are {SUPPORTED}")
     if not inplace:
@@ -59,23 +65,26 @@ def optimize(
         if adapter is not None:
             if not isinstance(module, Fused):
                 fuse(module, FUSED[adapter.kind])
-            module._swinfast = Settings(backend, scales.get(module) if mean is None else (tuple(mean), tuple(std)))
+            scale = scales.get(module) if mean is None else (tuple(mean), tuple(std))
+            module._swinfast = Settings(backend, cuda_graphs, scale)
     for module in list(model.modules()):
         if type(module) is nn.Sequential and len(module) and all(isinstance(child, FusedStage) for child in module):
             fuse(module, FusedStages)
+        if isinstance(module, FusedStages):
+            module._swinfast = Settings(backend, cuda_graphs)
     if backend != "triton":
         _warn_of_float16(model)
     return model
 
 
 def refresh(model: nn.Module) -> None:
-    """Forget everything derived from the weights of an optimised model.
+    """Forget everything derived from the weights of an optimised model, its CUDA graphs, and that Triton failed at one.
 
     Needed only after edits through ``parameter.data`` or raw memory, which PyTorch does not count.
     """
     for module in model.modules():
-        if isinstance(module, FusedComputation):
-            module._swinfast.plan = None
+        if isinstance(module, Fused):
+            module._swinfast.forget()
 
 
 def _adapter_of(module: nn.Module) -> Adapter | None:
@@ -97,10 +106,8 @@ def _check_arguments(model, dtype, cuda_graphs, mean, std) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype!r}")
-    if cuda_graphs not in ("auto", True, False):
+    if cuda_graphs != "auto" and not isinstance(cuda_graphs, bool):
         raise ValueError(f"cuda_graphs must be 'auto', True or False, got {cuda_graphs!r}")
-    if cuda_graphs is True:
-        raise RuntimeError("cuda_graphs=True can't run: this version of swinfast captures no CUDA graphs; use 'auto'")
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std must be given together, got mean={mean!r} and std={std!r}")
     if mean is not None and len(mean) != len(std):

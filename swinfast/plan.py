@@ -4,11 +4,14 @@ weights, both for as long as they are true.
 None of it is module state. It is keyed by everything it was made from, so edited, loaded, cast, moved or replaced
 weights are seen at the next call; and a copied, pickled or converted module starts without it. Only edits through
 ``parameter.data``, which no counter sees, need ``swinfast.refresh``.
+
+What is derived keeps its place in memory when weights are edited or loaded: CUDA graphs read it there.
 """
 
-from collections.abc import Callable, Hashable
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -17,30 +20,36 @@ from torch import Tensor, nn
 from .adapters import HOOKS, Adapter, why_not
 from .autocast import without_autocast
 from .backends import Choice, choose
+from .graphs import Graphs, is_capturing
 
 _version = attrgetter("_version")
 
 
 class Plan:
-    """How a module runs, for one state of its structure and weights: a spec, or the reason why the original must run.
+    """How a module runs, for one state of its structure and of where its weights are: a spec, or the reason why the
+    original must run.
 
     Attributes:
         reason: Why the module is left as it is, None where it is replaced.
         spec: What the adapter read, None where the adapter has a reason.
         backend: What computes the module, None where there is a reason; note says more of it, or is None.
         parameters: All parameters inside, in order, and parameter_names their names.
+        graphs: The CUDA graphs of the module.
     """
 
-    def __init__(self, adapter: Adapter, module: nn.Module, backend: str):
+    def __init__(self, adapter: Adapter, module: nn.Module, backend: str, failure: str | None = None):
+        """failure: Why Triton, though chosen, can't compute the module, None where it has not failed."""
         named = dict(module.named_parameters())
         self.parameter_names = tuple(named)
         self.parameters = tuple(named.values())
         self.spec, choice = None, Choice(None, reason=why_not(adapter, module))
         if choice.reason is None:
             self.spec = adapter.read(module)
-            choice = choose(backend, self.spec, self.parameters[0].device, self.parameters[0].dtype)
+            choice = choose(backend, self.spec, self.parameters[0].device, self.parameters[0].dtype, failure)
         self.backend, self.reason, self.note = choice
-        self._derived: dict[Hashable, Any] = {}
+        self.graphs = Graphs()
+        self._derived: dict[Hashable, tuple[list[int], Any]] = {}  # with the versions of the weights it came from
+        self._lock = threading.Lock()
         self._counts_edits = not any(parameter.is_inference() for parameter in self.parameters)
 
         self._modules = list(module.modules())
@@ -49,16 +58,16 @@ class Plan:
         self._hooks = [getattr(m, hooks) for m in self._modules[1:] for hooks in HOOKS]
         self._windows = [(m, m.window_size, m.shift_size) for m in self._modules if hasattr(m, "shift_size")]
         self._dropouts = [m for m in self._modules if isinstance(m, nn.Dropout) or type(m).__name__ == "DropPath"]
-        self._structure, self._weights = self._structure_now(), self._weights_now()
+        self._structure, self._places = self._structure_now(), self._places_now()
 
     def holds(self) -> bool:
-        """Whether the module and its weights are still what the plan was made of.
+        """Whether the module and the places of its weights are still what the plan was made of.
 
         Asked at every call, so it is a few passes in C over flat lists, microseconds for a stage.
         """
         return (
             self._structure == self._structure_now()
-            and self._weights == self._weights_now()
+            and self._places == self._places_now()
             and all(m.window_size == window and m.shift_size == shift for m, window, shift in self._windows)
         )
 
@@ -66,18 +75,42 @@ class Plan:
         """Whether a dropout inside was put into training mode, though the module is not."""
         return any(dropout.training for dropout in self._dropouts)
 
-    def derived(self, kind: Hashable, derive: Callable[[Any], Any]) -> Any:
-        """derive(spec), made once for each kind.
+    @property
+    def may_be_captured(self) -> bool:
+        """Whether all that a CUDA graph would read stays in its place for as long as the plan holds."""
+        return self.backend is not None and self.backend.capturable and self._counts_edits
 
-        Inference tensors count no edits: what comes from them is made at every call.
+    def graph_pays(self, x: Tensor) -> bool:
+        """Whether launches take longer than what is computed, by the backend's table."""
+        return self.backend.graph_pays(x, self.parameters[0].dtype)
+
+    def derived(self, kind: Hashable, derive: Callable[[Any], Any]) -> Any:
+        """derive(spec), made once for each kind and state of the weights, and where it was before if that can be.
+
+        Inference tensors count no edits: what comes from them is made at every call. So it is while somebody captures
+        a CUDA graph: its replays must derive again, since nothing is computed now.
         """
-        if kind in self._derived:
-            return self._derived[kind]
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(self.parameters[0].device):
-            made = derive(self.spec)
-        if self._counts_edits:
-            self._derived[kind] = made
+        if not self._counts_edits or is_capturing(self.parameters[0].device):
+            kept = self._derived.get(kind) if self._counts_edits else None
+            return kept[1] if kept is not None and kept[0] == self._versions_now() else self._derive(derive)
+        kept = self._derived.get(kind)
+        if kept is not None and kept[0] == self._versions_now():
+            return kept[1]
+        with self._lock:
+            versions, kept = self._versions_now(), self._derived.get(kind)
+            if kept is not None and kept[0] == versions:  # by another thread, meanwhile
+                return kept[1]
+            made = self._derive(derive)
+            if kept is not None and overwrite(kept[1], made):
+                made = kept[1]
+            if self.parameters[0].is_cuda:  # other streams may use it from now on
+                torch.cuda.current_stream(self.parameters[0].device).synchronize()
+            self._derived[kind] = versions, made
         return made
+
+    def _derive(self, derive: Callable[[Any], Any]) -> Any:
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(self.parameters[0].device):
+            return derive(self.spec)
 
     def _structure_now(self) -> tuple:
         """Children and parameters by identity, types, whether there are hooks, and how many attributes each module
@@ -86,7 +119,64 @@ class Plan:
         types, attributes = list(map(type, self._modules)), list(map(len, self._attributes))
         return list(map(id, contents)), types, attributes, any(self._hooks)
 
-    def _weights_now(self) -> tuple | None:
-        if not self._counts_edits:
-            return None
-        return list(map(_version, self.parameters)), list(map(Tensor.data_ptr, self.parameters))
+    def _places_now(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self.parameters)) if self._counts_edits else []
+
+    def _versions_now(self) -> list[int]:
+        return list(map(_version, self.parameters))
+
+
+class SequencePlan:
+    """How modules that follow each other run as one: their plans, one after the other.
+
+    Attributes:
+        plans: One for each module.
+        parameters, parameter_names: Of all, by the names that they have in the Sequential.
+        graphs: The CUDA graphs of the whole.
+    """
+
+    def __init__(self, plans: Sequence[Plan]):
+        self.plans = tuple(plans)
+        self.parameters = tuple(chain.from_iterable(plan.parameters for plan in plans))
+        self.parameter_names = tuple(f"{i}.{name}" for i, plan in enumerate(plans) for name in plan.parameter_names)
+        self.graphs = Graphs()
+
+    def holds(self, plans: Sequence[Plan]) -> bool:
+        """Whether these are still the modules' plans."""
+        return len(plans) == len(self.plans) and all(map(is_, plans, self.plans))
+
+    @property
+    def may_be_captured(self) -> bool:
+        return all(plan.may_be_captured for plan in self.plans)
+
+    def graph_pays(self, x: Tensor) -> bool:
+        """By the input of the first module: those of the others are smaller."""
+        return self.plans[0].graph_pays(x)
+
+
+def overwrite(old: Any, new: Any) -> bool:
+    """Copy the tensors of a structure of named tuples into those of another; False, and nothing is done, where they
+    don't fit each other."""
+    pairs = list(_pairs(old, new))
+    if None in pairs:
+        return False
+    for mine, theirs in pairs:
+        if mine.data_ptr() != theirs.data_ptr():  # else both are the parameter itself
+            mine.copy_(theirs)
+    return True
+
+
+def _pairs(old: Any, new: Any) -> Iterator[tuple[Tensor, Tensor] | None]:
+    """Tensors that belong together, None for what does not fit."""
+    if type(old) is not type(new):
+        yield None
+    elif isinstance(old, Tensor):
+        same = all(getattr(old, name) == getattr(new, name) for name in ("shape", "dtype", "device"))
+        yield (old, new) if same and old.stride() == new.stride() else None
+    elif isinstance(old, tuple):
+        if len(old) != len(new):
+            yield None
+        for pair in zip(old, new, strict=False):
+            yield from _pairs(*pair)
+    elif callable(old) or old != new:
+        yield None

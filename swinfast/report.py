@@ -6,7 +6,8 @@ from tabulate import tabulate
 from torch import nn
 
 from .adapters import SUPPORTED
-from .fused import FusedComputation, FusedStage
+from .fused import Fused, FusedComputation, FusedStage
+from .graphs import Graphs
 from .plan import Plan
 from .specs import BlockSpec, MergeSpec, PatchEmbedSpec
 
@@ -28,10 +29,12 @@ class Report:
     Attributes:
         rows: One for each patch embedding, patch merging and block.
         training: The model is in training mode, where the original computation runs.
+        graphs: A line for each module that has CUDA graphs, or could not have one.
     """
 
     rows: tuple[Row, ...]
     training: bool
+    graphs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         table = tabulate(
@@ -39,7 +42,7 @@ class Report:
             headers=("module", "kind", "runs", "by, or why"),
         )
         note = "In training mode: the original computation runs everywhere until model.eval().\n\n"
-        return (note if self.training else "") + table
+        return (note if self.training else "") + "\n".join((table, *self.graphs))
 
 
 def report(model: nn.Module) -> Report:
@@ -48,15 +51,23 @@ def report(model: nn.Module) -> Report:
     Raises:
         ValueError: The model has not been through ``swinfast.optimize``.
     """
-    rows = []
+    rows, graphs = [], []
     training = False
     for name, module in model.named_modules():
         if isinstance(module, FusedComputation):
             training |= module.training
             rows += _rows(name, module, module.plan())
+        if isinstance(module, Fused) and module._swinfast.plan is not None:
+            graphs += _graphs(name or type(module).__name__, module._swinfast.plan.graphs)
     if not rows:
         raise ValueError(f"{type(model).__name__} is not optimized: call swinfast.optimize, which takes {SUPPORTED}")
-    return Report(tuple(rows), training)
+    return Report(tuple(rows), training, tuple(graphs))
+
+
+def _graphs(name: str, graphs: Graphs) -> list[str]:
+    if graphs.failure is not None:
+        return [f"{name}: no CUDA graph, since capturing one failed: {graphs.failure}"]
+    return [f"{name}: CUDA graphs for {len(graphs)} inputs"] if len(graphs) else []
 
 
 def _rows(name: str, module: FusedComputation, plan: Plan) -> list[Row]:

@@ -24,6 +24,8 @@ NORM_EPS = 1e-12
 NormWeights = tuple[Tensor | None, Tensor | None, float]
 
 name = "torch"
+capturable = False  # index tensors are kept in a cache that forgets some
+may_fail = False
 
 
 class BlockTables(NamedTuple):

@@ -10,18 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from .autocast import without_autocast
-from .kernels.launch import DTYPES, INTERPRETED, arch_of
+from .kernels.configs import config
+from .kernels.launch import DTYPES, INTERPRETED, arch_of, precision_name
 from .kernels.patch_embed import IMAGE_DTYPES
 from .kernels.patch_embed import patch_embed as embed
 from .kernels.stages import Block, Linear, Merge, Norm, bias_table, forms_of, run_block, run_merge
 from .kernels.window_attention import LARGEST_HEAD_DIM, LARGEST_WINDOW
 from .specs import BlockSpec, ImageScale, MergeSpec, PatchEmbedSpec, StageSpec
 
-__all__ = ["derive_patch_embed", "derive_stage", "describe", "name", "patch_embed", "stage", "why_not", "why_not_on"]
+__all__ = [
+    "capturable",
+    "derive_patch_embed",
+    "derive_stage",
+    "describe",
+    "graph_pays",
+    "may_fail",
+    "name",
+    "patch_embed",
+    "stage",
+    "why_not",
+    "why_not_on",
+]
 
 LARGEST_CHANNELS = 4096
 OLDEST_CAPABILITY = (8, 0)
 name = "triton"
+capturable = True
+may_fail = True  # where a compiler is missing, or it refuses a kernel
 
 
 class PatchEmbedTables(NamedTuple):
@@ -137,6 +152,12 @@ def stage(spec: StageSpec, tables: StageTables, x: Tensor) -> Tensor:
         for block in tables.blocks:
             x = run_block(block, x)
         return x.to(given)
+
+
+def graph_pays(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether launching the kernels for an input would take longer than they compute, by the tables."""
+    chosen = config("launches", arch_of(x.device), precision_name(dtype), elements=x.numel())
+    return chosen.blocks["use"] == "graph"
 
 
 def describe(spec: PatchEmbedSpec | MergeSpec | BlockSpec, dtype: torch.dtype, device: torch.device) -> str:

@@ -19,13 +19,14 @@ from torch import nn
 
 from bench.peers import import_timm
 
+ON_A_GPU = ("test_triton_backend", "test_graphs", "test_fallback")
 torch.set_num_threads(1)  # these models are small: threads gain nothing, and on a busy machine they cost tenfold
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """On a GPU the tests of the kernels are tests of the GPU."""
     for item in items:
-        if torch.cuda.is_available() and ("kernels" in item.path.parts or item.path.name == "test_triton_backend.py"):
+        if torch.cuda.is_available() and ("kernels" in item.path.parts or item.path.stem in ON_A_GPU):
             item.add_marker(pytest.mark.gpu)
 
 

@@ -196,7 +196,7 @@ def test_nothing_supported():
         ({"dtype": torch.int8}, ValueError, "dtype must be one of torch.float32, .*, got torch.int8"),
         ({"dtype": "float16"}, ValueError, "dtype must be one of torch.float32, .*, got 'float16'"),
         ({"cuda_graphs": "yes"}, ValueError, "cuda_graphs must be 'auto', True or False, got 'yes'"),
-        ({"cuda_graphs": True}, RuntimeError, "use 'auto'"),
+        ({"cuda_graphs": 1}, ValueError, "cuda_graphs must be 'auto', True or False, got 1"),
         ({"mean": (0.5, 0.5, 0.5)}, ValueError, "mean and std must be given together"),
         ({"mean": (0.5,), "std": (0.5, 0.5)}, ValueError, "mean and std must be of one length, got 1 and 2 values"),
     ],
@@ -205,6 +205,12 @@ def test_nothing_supported():
 def test_wrong_arguments(model, arguments, error, message):
     with pytest.raises(error, match=message):
         swinfast.optimize(model, **arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_graphs_without_a_gpu(model):
+    with pytest.raises(RuntimeError, match=r"no GPU, and the model is on cpu; use cuda_graphs='auto'"):
+        swinfast.optimize(model, cuda_graphs=True)
 
 
 def test_a_model_that_is_none():

@@ -25,6 +25,7 @@ FORMS = {  # parts of a stage, and the kernels that can compute them
     "mlp_half": {"linear", "mlp_block"},
     "mlp_output": {"linear", "linear_norm_residual"},
 }
+CHOICES = FORMS | {"launches": {"graph", "single"}}
 SHAPES = {  # what a kernel's rows are matched by
     "linear": {"k", "n"},
     "linear_norm_residual": {"channels", "k", "stream_bytes"},
@@ -35,6 +36,7 @@ SHAPES = {  # what a kernel's rows are matched by
     "window_attention": {"tokens", "block_d"},
     "attention_block": {"channels", "tokens", "stream_bytes"},
     **{form: {"channels", "tokens"} for form in FORMS},
+    "launches": {"elements"},
 }
 TABLES = {
     "sm_1": [
@@ -86,9 +88,9 @@ def test_tables(file):
         assert set(row["precision"]) <= set(PRECISIONS), row
         assert {key.removesuffix("_max") for key in row.get("when", {})} <= SHAPES[row["kernel"]], row
         assert row["source"].strip(), row
-        if row["kernel"] in FORMS:
+        if row["kernel"] in CHOICES:
             assert row["blocks"].keys() == {"use"}, row
-            assert row["blocks"]["use"] in FORMS[row["kernel"]], row
+            assert row["blocks"]["use"] in CHOICES[row["kernel"]], row
         else:
             assert row["blocks"].keys() == BLOCKS[row["kernel"]], row
             assert all(is_power_of_two(size) for size in row["blocks"].values()), row

@@ -1,0 +1,186 @@
+"""CUDA graphs: the dozens of launches of a module in one, for batches so small that launching takes longer than
+computing.
+
+A graph is recorded for one signature of the input, on one stream, when it is seen for the second time; until then, and
+wherever no graph can be, the kernels are launched one by one. Input and output are copied, so a caller owns what it
+gets. A graph reads weights and tables where they lie: in-place edits are seen by the next replay.
+"""
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+KEPT = 8  # graphs of one module; the one that was not used for the longest is dropped
+REMEMBERED = 64  # signatures seen once
+_capturing = threading.Lock()  # one capture at a time
+
+
+class Graph(NamedTuple):
+    """A captured computation.
+
+    Attributes:
+        replay: Computes output from what is in input.
+        input, output: Its own, the same at every replay.
+        reads: What else it reads; kept alive with it.
+    """
+
+    replay: Callable[[], None]
+    input: Tensor
+    output: Tensor
+    reads: tuple
+
+
+class Graphs:
+    """The graphs of one module, for as long as its plan holds.
+
+    Attributes:
+        failure: Why nothing is captured any more, None where nothing went wrong.
+    """
+
+    def __init__(self):
+        self.failure: str | None = None
+        self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def run(
+        self,
+        x: Tensor,
+        kind: Hashable,
+        reads: Callable[[], tuple],
+        compute: Callable[[tuple, Tensor], Tensor],
+        plain: Callable[[], Tensor],
+    ) -> Tensor:
+        """compute(reads(), x) by a graph, or plain() where there is none yet.
+
+        Args:
+            x: [B, C, H, W], any strides.
+            kind: What the launches depend on besides the input's signature.
+            reads: What compute reads; a graph is valid for as long as they are the same objects.
+            compute: What is captured.
+            plain: The same without a graph.
+        """
+        key = (x.shape, x.dtype, stream_of(x.device), kind)
+        with self._lock:
+            if key in self._graphs or (key in self._seen and self.failure is None):
+                tables = reads()
+                graph = self._find(key, tables) or self._capture(key, x, tables, compute)
+                if graph is not None:
+                    graph.input.copy_(x)
+                    graph.replay()
+                    return graph.output.clone()
+        out = plain()
+        with self._lock:  # a size that is seen once may never come again, so the second sight is captured
+            self._seen[key] = None
+            if len(self._seen) > REMEMBERED:
+                self._seen.popitem(last=False)
+        return out
+
+    def _find(self, key: Hashable, reads: tuple) -> Graph | None:
+        graph = self._graphs.get(key)
+        if graph is not None and any(kept is not now for kept, now in zip(graph.reads, reads, strict=True)):
+            del self._graphs[key]
+            return None
+        if graph is not None:
+            self._graphs.move_to_end(key)
+        return graph
+
+    def _capture(
+        self, key: Hashable, x: Tensor, reads: tuple, compute: Callable[[tuple, Tensor], Tensor]
+    ) -> Graph | None:
+        if self.failure is not None:
+            return None
+        while len(self._graphs) >= KEPT:
+            self._graphs.popitem(last=False)
+        try:
+            with torch.inference_mode(False), torch.no_grad(), _capturing:
+                static = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+                static.copy_(x)
+                compute(reads, static)  # compiles and loads what this input needs: neither may happen in a capture
+                replay, output = capture(lambda: compute(reads, static), x.device)
+        except Exception as error:  # out of memory, most likely
+            _side_stream.cache_clear()
+            self.failure = in_a_line(error)
+            warnings.warn(f"no CUDA graph from now on, since capturing one failed: {self.failure}", stacklevel=2)
+            return None
+        self._graphs[key] = Graph(replay, static, output, reads)
+        return self._graphs[key]
+
+
+def capture(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Record what a function launches.
+
+    Returns:
+        (what launches it all again, the output that this writes).
+    """
+    graph = torch.cuda.CUDAGraph()
+    pool, stream = _pool(device, stream_of(device)), _side_stream(device)
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        output = compute()
+    return graph.replay, output
+
+
+@cache
+def _pool(device: torch.device, stream: int) -> Any:
+    """The memory that all graphs of a stream share: they run one after the other."""
+    with torch.cuda.device(device):
+        return torch.cuda.graph_pool_handle()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """To capture on: a stream of its own, where nobody else's work is captured along."""
+    return torch.cuda.Stream(device)
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a device."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured into a graph, ours or another's."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def in_a_line(error: Exception) -> str:
+    """An error's type and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def may_run(setting: bool | str, plan: Any, x: Tensor) -> bool:
+    """Whether a module is to run by a graph.
+
+    Args:
+        setting: As ``optimize`` takes it: True, False, or "auto" for where the table of work sizes says that it pays.
+        plan: The module's.
+        x: Its input.
+    """
+    if setting is False or not x.numel() or not on_gpu(x) or not plan.may_be_captured:
+        return False
+    if torch._C._current_graph_task_id() != -1:  # a backward pass computes again what it needs, once
+        return False
+    return setting is True or plan.graph_pays(x)
+
+
+def are_possible(device: torch.device) -> bool:
+    """Whether there is a GPU for a model that is on a device now: it may be on its way."""
+    return device.type == "cuda" or (device.type == "cpu" and torch.cuda.is_available())
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether a tensor's current stream can capture now."""
+    return x.is_cuda and not is_capturing(x.device)

@@ -1,0 +1,35 @@
+"""The optional self-check: with SWINFAST_SELF_CHECK=1 the first answer of every Triton module must pass the policy."""
+
+import copy
+import os
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import HOOKS
+from .autocast import without_autocast
+from .verify import verify
+
+
+def is_asked_for() -> bool:
+    """Whether SWINFAST_SELF_CHECK is set."""
+    return os.environ.get("SWINFAST_SELF_CHECK") == "1"
+
+
+def self_check(module: nn.Module, x: Tensor) -> str | None:
+    """Why the fused computation of a module is wrong for the first image of its input, None where it is right.
+
+    It takes a copy of the module in float64, and as long as that.
+    """
+    if not len(x):
+        return None
+    fast, plain = copy.deepcopy(module), copy.deepcopy(module)
+    plain.__class__ = module.original
+    fast._swinfast.unchecked = False
+    fast._swinfast.cuda_graphs = False
+    for twin in (fast, plain):
+        for hooks in HOOKS:  # they are not to see this
+            getattr(twin, hooks).clear()
+    with torch.inference_mode(False), without_autocast(x.device):
+        outcome = verify(plain, fast, x[:1].clone())
+    return None if outcome.passed else f"self-check: {outcome.reason}"

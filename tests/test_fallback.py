@@ -1,0 +1,157 @@
+"""Where Triton fails, at compiling or at its own self-check, another backend answers, and the report says so."""
+
+import copy
+
+import pytest
+import torch
+from helpers import SMALL, make, random_images, relative_rms
+
+import swinfast
+from swinfast import triton_backend
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TINY = SMALL | {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "num_heads": (1, 2)}
+IMAGES = random_images(2, 3, 16, 16)
+pytestmark = pytest.mark.filterwarnings("default:Triton failed:UserWarning")
+
+
+@pytest.fixture
+def model(timm):
+    return make(timm, TINY, "timm").to(DEVICE).requires_grad_(False)
+
+
+@pytest.fixture
+def auto(monkeypatch):
+    """ "auto" takes Triton also in its interpreter."""
+    monkeypatch.setattr("swinfast.backends.PREFER_TRITON", ("cuda", "cpu"))
+
+
+def failing(monkeypatch, error, only=lambda spec: True):
+    """The Triton stage raises; returns how often."""
+    calls, stage = [], triton_backend.stage
+
+    def fail(spec, tables, x):
+        if not only(spec):
+            return stage(spec, tables, x)
+        calls.append(x)
+        raise error
+
+    monkeypatch.setattr(triton_backend, "stage", fail)
+    return calls
+
+
+def details(fast):
+    return [row.detail for row in swinfast.report(fast).rows if "blocks" in row.name]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no C compiler\nfound"), KeyError("sm_42"), OSError()], ids=repr)
+def test_auto_falls_back_to_pytorch(model, auto, monkeypatch, error):
+    calls = failing(monkeypatch, error)
+    fast = swinfast.optimize(model)
+    with pytest.warns(UserWarning, match="Triton failed, so a stage is computed without it from now on: ") as warned:
+        assert relative_rms(fast(IMAGES.to(DEVICE)), model(IMAGES.to(DEVICE))) <= 1e-5
+    assert len(warned) == len(calls) == 2  # once a stage
+    for _ in range(2):  # and never again, also for edited weights
+        for either in (model, fast):
+            with torch.no_grad():
+                either.stages[1].blocks[0].mlp.fc1.weight.mul_(1.1)
+        assert relative_rms(fast(IMAGES.to(DEVICE)), model(IMAGES.to(DEVICE))) <= 1e-5
+    assert len(calls) == 2
+    first_line = {"RuntimeError": "RuntimeError: no C compiler", "KeyError": "KeyError: 'sm_42'", "OSError": "OSError"}
+    expected = f"(not Triton: {first_line[type(error).__name__]})"
+    assert all(detail.startswith("PyTorch") and detail.endswith(expected) for detail in details(fast))
+
+
+def test_a_forced_backend_falls_back_to_the_original(model, monkeypatch):
+    failing(monkeypatch, RuntimeError("ptxas"))
+    fast = swinfast.optimize(model, backend="triton")
+    with pytest.warns(UserWarning, match="Triton failed"):
+        assert torch.equal(
+            fast.stages(model.patch_embed(IMAGES.to(DEVICE))), model.stages(model.patch_embed(IMAGES.to(DEVICE)))
+        )
+    rows = [row for row in swinfast.report(fast).rows if "blocks" in row.name]
+    assert all(not row.replaced and row.detail == "RuntimeError: ptxas" for row in rows)
+
+
+def test_one_stage_alone(model, auto, monkeypatch):
+    failing(monkeypatch, RuntimeError("shared memory"), only=lambda spec: spec.merge is None)
+    fast = swinfast.optimize(model)
+    with pytest.warns(UserWarning, match="Triton failed") as warned:
+        assert relative_rms(fast(IMAGES.to(DEVICE)), model(IMAGES.to(DEVICE))) <= 1e-5
+    assert len(warned) == 1
+    assert [detail.partition(",")[0] for detail in details(fast)] == ["PyTorch"] * 2 + ["Triton"] * 2
+
+
+def test_in_grad_mode(model, auto, monkeypatch):
+    failing(monkeypatch, RuntimeError("ptxas"))
+    results = []
+    for either in (model, swinfast.optimize(model)):
+        x = IMAGES.to(DEVICE).requires_grad_()
+        results.append(torch.autograd.grad(either(x).square().sum(), x)[0])
+    assert relative_rms(results[1], results[0]) <= 1e-4
+
+
+def test_out_of_memory_is_the_callers(model, auto, monkeypatch):
+    failing(monkeypatch, torch.OutOfMemoryError("no room"))
+    fast = swinfast.optimize(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        fast(IMAGES.to(DEVICE))
+    assert all(detail.startswith("Triton, ") for detail in details(fast))
+
+
+def test_wrong_input_is_no_failure_of_triton(model, auto):
+    fast = swinfast.optimize(model)
+    wrong = torch.zeros(1, 5, 8, 8, device=DEVICE)
+    with pytest.raises(RuntimeError):
+        model.stages[0](wrong)
+    with pytest.raises(RuntimeError):
+        fast.stages[0](wrong)
+    assert all(detail.startswith("Triton, ") for detail in details(fast))
+
+
+def test_refresh_and_copies_try_again(model, auto, monkeypatch):
+    with monkeypatch.context() as patch:
+        failing(patch, RuntimeError("a full disk"))
+        fast = swinfast.optimize(model)
+        fast(IMAGES.to(DEVICE))
+    assert details(fast)[0].startswith("PyTorch")
+    assert details(copy.deepcopy(fast))[0].startswith("Triton")
+    swinfast.refresh(fast)
+    assert details(fast)[0].startswith("Triton")
+
+
+@pytest.fixture
+def self_check(monkeypatch):
+    monkeypatch.setenv("SWINFAST_SELF_CHECK", "1")
+
+
+def test_a_self_check_that_passes(model, auto, self_check):
+    fast = swinfast.optimize(model)
+    seen = []
+    fast.stages[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    for _ in range(2):
+        fast(IMAGES.to(DEVICE))
+    assert all(detail.startswith("Triton, ") for detail in details(fast))
+    assert len(seen) == 2  # the check's own calls call no hooks
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_self_check_that_fails(model, auto, monkeypatch, checked):
+    monkeypatch.setenv("SWINFAST_SELF_CHECK", "1" if checked else "0")
+    stage = triton_backend.stage
+    monkeypatch.setattr(triton_backend, "stage", lambda *args: stage(*args) * 1.001)
+    fast = swinfast.optimize(model)
+    error = relative_rms(fast(IMAGES.to(DEVICE)), model(IMAGES.to(DEVICE)))
+    assert (error <= 1e-5) == checked
+    expected = "self-check: relative RMS error" if checked else "Triton, "
+    assert all(expected in detail for detail in details(fast))
+
+
+def test_a_self_check_of_the_patch_embedding(model, auto, monkeypatch, self_check):
+    embed = triton_backend.patch_embed
+    monkeypatch.setattr(triton_backend, "patch_embed", lambda *args: embed(*args) + 1e-3)
+    fast = swinfast.optimize(model)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, device=DEVICE)
+    mean, std = (torch.tensor(model.pretrained_cfg[key], device=DEVICE)[:, None, None] for key in ("mean", "std"))
+    assert relative_rms(fast(pixels), model((pixels / 255 - mean) / std)) <= 1e-5
+    assert "self-check" in swinfast.report(fast).rows[0].detail

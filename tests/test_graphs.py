@@ -1,0 +1,428 @@
+"""CUDA graphs. Without a GPU a stand-in captures: it keeps the function, and a replay calls it again on the same
+tensors, so that what a graph would read too late, too early or from the wrong place is seen. Most of these tests then
+take the PyTorch backend for one that may be captured: Triton's interpreter is slow, and knows no threads."""
+
+import copy
+import pickle
+import threading
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import SMALL, THREE, make, random_images, relative_rms
+from torch import nn
+
+import swinfast
+from swinfast import graphs, plan, torch_backend, triton_backend
+from swinfast.backends import Choice
+from swinfast.specs import StageSpec
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TINY = SMALL | {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "num_heads": (1, 2)}
+
+
+class Captures:
+    """Counts captures and replays; stands in for a GPU where there is none."""
+
+    def __init__(self):
+        self.captured = self.replayed = 0
+        self.error: Exception | None = None
+        self.stream = 0
+        self.real = graphs.capture
+
+    def capture(self, compute, device):
+        if self.error is not None:
+            raise self.error
+        self.captured += 1
+        if device.type == "cuda":
+            launch, output = self.real(compute, device)
+        else:
+            output = compute()
+
+            def launch():
+                with torch.no_grad():
+                    output.copy_(compute())
+
+        def replay():
+            self.replayed += 1
+            launch()
+
+        if device.type == "cpu":
+            output.fill_(torch.nan)  # a capture computes nothing
+        return replay, output
+
+    @contextmanager
+    def on_stream(self, number: int):
+        if DEVICE.type == "cuda":
+            with torch.cuda.stream(torch.cuda.Stream()):
+                yield
+                torch.cuda.current_stream().synchronize()
+            return
+        before, self.stream = self.stream, number
+        yield
+        self.stream = before
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    captures = Captures()
+    monkeypatch.setattr(graphs, "capture", captures.capture)
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(graphs, "on_gpu", lambda x: True)
+        monkeypatch.setattr(graphs, "stream_of", lambda device: captures.stream)
+        monkeypatch.setattr(graphs, "are_possible", lambda device: True)
+    return captures
+
+
+@pytest.fixture(autouse=True)
+def capturable(monkeypatch):
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(torch_backend, "capturable", True)
+        monkeypatch.setattr(torch_backend, "graph_pays", lambda x, dtype: True, raising=False)
+
+
+@pytest.fixture
+def model(timm):
+    return make(timm, TINY, "timm").to(DEVICE).requires_grad_(False)
+
+
+def optimised(model, backend="triton" if DEVICE.type == "cuda" else "torch", **options):
+    return swinfast.optimize(model, backend=backend, **options)
+
+
+def images(batch=1, seed=0, size=16):
+    return random_images(batch, 3, size, size, seed=seed).to(DEVICE)
+
+
+def assert_right(fast, model, x):
+    assert relative_rms(fast(x), model(x)) <= 1e-5
+
+
+def test_the_second_call_captures(model, captures):
+    fast, plain = optimised(model), optimised(model, cuda_graphs=False)
+    counts = []
+    for seed in range(4):
+        assert torch.equal(fast(images(seed=seed)), plain(images(seed=seed)))
+        counts.append((captures.captured, captures.replayed))
+    assert counts == [(0, 0), (1, 1), (1, 2), (1, 3)]
+    assert "stages: CUDA graphs for 1 inputs" in str(swinfast.report(fast))
+
+
+def test_callers_own_what_they_get(model, captures):
+    fast = optimised(model).stages
+    x = model.patch_embed(images())
+    outputs = [fast(x * factor) for factor in (1, 1, 2, 3)]
+    kept = [output.clone() for output in outputs]
+    fast(x * 4)
+    assert all(torch.equal(output, before) for output, before in zip(outputs, kept, strict=True))
+    assert not torch.equal(outputs[2], outputs[3])
+    before = x.clone()
+    fast(x)
+    assert torch.equal(x, before)
+    assert outputs[3].stride() == model.stages(x).stride()  # channels last, as without a graph
+
+
+def test_batch_sizes_that_change(model, captures):
+    fast = optimised(model)
+    for batch in (1, 2, 1, 2, 3, 2, 1, 3):
+        assert_right(fast, model, images(batch, seed=batch))
+    assert captures.captured == 3
+    assert len(fast.stages._swinfast.plan.graphs) == 3
+
+
+def test_the_least_recently_used_is_dropped(model, captures, monkeypatch):
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    fast = optimised(model)
+    for batch in (1, 1, 2, 2, 1, 3, 3):  # 3 drops 2
+        assert_right(fast, model, images(batch))
+    assert captures.captured == 3
+    assert len(fast.stages._swinfast.plan.graphs) == 2
+    assert_right(fast, model, images(1))
+    assert captures.captured == 3
+    assert_right(fast, model, images(2))
+    assert captures.captured == 4
+
+
+def test_signatures_seen_once_are_forgotten(model, captures, monkeypatch):
+    monkeypatch.setattr(graphs, "REMEMBERED", 2)
+    fast = optimised(model)
+    for batch in (1, 2, 3, 1):
+        fast(images(batch))
+    assert captures.captured == 0
+    fast(images(1))
+    assert captures.captured == 1
+
+
+def edit(either):
+    with torch.no_grad():
+        for parameter in either.stages.parameters():
+            parameter[: (len(parameter) + 1) // 2].add_(0.2)
+
+
+def load(either):
+    either.load_state_dict({key: value * 1.1 for key, value in either.state_dict().items()})
+
+
+@pytest.mark.parametrize("change", [edit, load], ids=lambda change: change.__name__)
+def test_a_graph_stays_valid_when_weights_change_in_place(model, captures, change):
+    fast = optimised(model, "triton")
+    before = [fast(images()) for _ in range(3)][-1]
+    for either in (model, fast):
+        change(either)
+    assert_right(fast, model, images())
+    assert relative_rms(fast(images()), before) > 1e-3
+    assert captures.captured == 1
+    assert captures.replayed == 4
+
+
+def assign(either):
+    either.load_state_dict({key: value * 1.1 for key, value in either.state_dict().items()}, assign=True)
+
+
+def move(either):
+    for parameter in either.parameters():
+        parameter.data = parameter.data * 1.1
+
+
+def replace_a_layer(either):
+    torch.manual_seed(0)
+    layer = either.stages[1].blocks[0].mlp.fc1
+    either.stages[1].blocks[0].mlp.fc1 = nn.Linear(layer.in_features, layer.out_features, device=DEVICE)
+
+
+def behind_the_counter(either):
+    for parameter in either.parameters():
+        parameter.data.mul_(1.1)
+    swinfast.refresh(either)
+
+
+@pytest.mark.parametrize("change", [assign, move, replace_a_layer, behind_the_counter], ids=lambda c: c.__name__)
+def test_other_weights_capture_anew(model, captures, change):
+    fast = optimised(model)
+    for _ in range(2):
+        fast(images())
+    for either in (model, fast):
+        change(either)
+        either.requires_grad_(False)
+    for count in (1, 2, 2):
+        assert_right(fast, model, images())
+        assert captures.captured == count
+
+
+def test_another_dtype_captures_anew(model, captures):
+    fast = optimised(model)
+    for _ in range(2):
+        fast(images())
+    fast.half()
+    for _ in range(3):
+        outcome = swinfast.verify(model, fast, images())
+        assert outcome.passed, outcome
+    assert captures.captured == 2
+
+
+def test_copies_carry_no_graphs(model, captures):
+    fast = optimised(model)
+    size = len(pickle.dumps(fast))
+    for _ in range(2):
+        fast(images())
+    assert len(pickle.dumps(fast)) == size
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        captures.captured = 0
+        edit(fast)  # which a copy must not see
+        for count in (0, 1, 1):
+            assert_right(other, model, images())
+            assert captures.captured == count
+
+
+def test_settings_survive_copies(model, captures):
+    for setting in (True, False):
+        other = pickle.loads(pickle.dumps(copy.deepcopy(optimised(model, cuda_graphs=setting))))
+        assert other.stages._swinfast.cuda_graphs is setting
+        assert swinfast.optimize(other).stages._swinfast.cuda_graphs == "auto"
+
+
+def test_streams_have_their_own(model, captures):
+    fast = optimised(model)
+    for count in (1, 2, 3):
+        with captures.on_stream(count):
+            for _ in range(3):
+                assert_right(fast, model, images())
+        assert captures.captured == count
+
+
+def test_two_models(model, timm, captures):
+    models = [model, make(timm, TINY | {"depths": (1, 2)}, "timm").to(DEVICE).requires_grad_(False)]
+    fasts = [optimised(one) for one in models]
+    for _ in range(4):
+        for fast, one in zip(fasts, models, strict=True):
+            assert_right(fast, one, images())
+    assert captures.captured == 2
+
+
+def test_threads_on_one_stream(model, captures):
+    fast = optimised(model)
+    batches = [images(seed=seed) for seed in range(4)]
+    expected = [model(x) for x in batches]
+    fast(batches[0])
+    outputs = [[] for _ in batches]
+
+    def work(index):
+        with torch.no_grad():
+            outputs[index] += [fast(batches[index]) for _ in range(4)]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert captures.captured == 1
+    assert all(
+        relative_rms(got, true) <= 1e-5 for true, all_of in zip(expected, outputs, strict=True) for got in all_of
+    )
+
+
+def test_modes(model, captures):
+    """A graph that one mode captured serves the others."""
+    for first in (torch.inference_mode, torch.no_grad, nullcontext):
+        fast = optimised(model)
+        captures.captured = 0
+        with first():
+            for _ in range(2):
+                fast(images())
+        for mode in (torch.inference_mode, torch.no_grad, nullcontext):
+            with mode():
+                assert_right(fast, model, images())
+        assert captures.captured == 1
+
+
+def test_gradients(model, captures):
+    model.requires_grad_(True)
+    fast = optimised(model)
+    for seed in range(3):
+        results = []
+        for either in (model, fast):
+            x = images(seed=seed).requires_grad_()
+            results.append(torch.autograd.grad(either(x).square().sum(), [x, *either.parameters()]))
+        scale = max(gradient.norm() for gradient in results[0])
+        assert all((got - true).norm() <= 1e-4 * scale for true, got in zip(*results, strict=True))
+    assert (captures.captured, captures.replayed) == (1, 2)  # the backward pass captures nothing
+
+
+def test_out_of_memory_in_a_capture(model, captures):
+    fast = optimised(model)
+    fast(images())
+    captures.error = torch.OutOfMemoryError("no room for a graph\nand more")
+    with pytest.warns(
+        UserWarning, match="no CUDA graph from now on, since capturing one failed: OutOfMemoryError: no room"
+    ):
+        assert_right(fast, model, images())
+    captures.error = None
+    for _ in range(3):  # said once, and plain from now on
+        assert_right(fast, model, images())
+    assert captures.captured == 0
+    expected = "stages: no CUDA graph, since capturing one failed: OutOfMemoryError: no room for a graph"
+    assert str(swinfast.report(fast)).splitlines()[-1] == expected
+    swinfast.refresh(fast)
+    for _ in range(2):
+        assert_right(fast, model, images())
+    assert captures.captured == 1
+
+
+def test_graphs_that_are_there_go_on_after_a_failure(model, captures):
+    fast = optimised(model)
+    for batch in (1, 1, 2):
+        fast(images(batch))
+    captures.error = RuntimeError("operation not permitted when stream is capturing")
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        assert_right(fast, model, images(2))
+    replayed = captures.replayed
+    assert_right(fast, model, images(1))
+    assert captures.replayed == replayed + 1
+
+
+def test_settings(model, captures, monkeypatch):
+    backend = triton_backend if DEVICE.type == "cuda" else torch_backend
+    for setting, pays, count in (("auto", True, 1), ("auto", False, 0), (True, False, 1), (False, True, 0)):
+        monkeypatch.setattr(backend, "graph_pays", lambda x, dtype, pays=pays: pays)
+        captures.captured = 0
+        fast = optimised(model, cuda_graphs=setting)
+        for _ in range(3):
+            assert_right(fast, model, images())
+        assert captures.captured == count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_where_a_graph_pays(dtype):
+    """Of the tiny model's images of 224 x 224."""
+    pays = {
+        batch: triton_backend.graph_pays(torch.empty(batch, 96, 56, 56, device="meta"), dtype) for batch in (1, 8, 256)
+    }
+    assert pays == {1: True, 8: True, 256: False}
+
+
+def test_stages_called_alone(timm, captures):
+    """As by features_only models: each has its own graph."""
+    options = TINY | {"features_only": True}
+    options.pop("num_classes")
+    model = make(timm, options, "timm").to(DEVICE).requires_grad_(False)
+    fast = optimised(model)
+    for count in (0, 2, 2):
+        got, expected = fast(images()), model(images())
+        assert all(relative_rms(one, true) <= 1e-5 for one, true in zip(got, expected, strict=True))
+        assert captures.captured == count
+
+
+def test_hooks_on_a_stage_are_called(model, captures):
+    fast = optimised(model)
+    seen = []
+    fast.stages[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    for calls in (1, 2, 3):
+        assert_right(fast, model, images())
+        assert len(seen) == calls
+    assert captures.captured == 2  # each stage by itself
+    assert relative_rms(seen[2], model.stages[0](model.patch_embed(images()))) <= 1e-5
+
+
+def test_autocast_regions_have_their_own(model, captures):
+    fast = optimised(model)
+    for _ in range(3):
+        assert_right(fast, model, images())
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            assert (
+                relative_rms(fast.forward_features(images()), model.double().forward_features(images().double())) > 1e-4
+            )
+        model.float()
+    assert captures.captured == 2
+
+
+def test_a_stage_that_cannot_be_captured(timm, captures, monkeypatch):
+    """No graph can span it; the other stages have theirs."""
+    model = make(timm, THREE | {"img_size": 32}, "timm").to(DEVICE).requires_grad_(False)
+    fast = optimised(model)
+    fixed = SimpleNamespace(**vars(torch_backend) | {"capturable": False})
+    choose = plan.choose
+
+    def choose_for(choice, spec, *args):
+        first = isinstance(spec, StageSpec) and spec.merge is None
+        return Choice(fixed) if first else choose(choice, spec, *args)
+
+    monkeypatch.setattr(plan, "choose", choose_for)
+    for _ in range(3):
+        assert_right(fast, model, images(size=32))
+    assert captures.captured == 2
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="test_gpu has the real thing")
+def test_inside_somebody_elses_capture(model, captures, monkeypatch):
+    """Kernels are launched one by one, and tables that are not there yet belong to that graph: they are not kept."""
+    fast = optimised(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "on_gpu", lambda x: False)
+        patch.setattr(plan, "is_capturing", lambda device: True)
+        for _ in range(3):
+            assert_right(fast, model, images())
+        assert not any(stage.plan()._derived for stage in fast.stages)
+    for _ in range(2):
+        assert_right(fast, model, images())
+    assert captures.captured == 1
