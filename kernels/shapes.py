@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .launch import Launch, record
 from .patch_embed import patch_embed
-from .stages import Block, Linear, Merge, Norm, bias_table, forms_of, run_block, run_merge
+from .stages import Block, Linear, Merge, Norm, bias_table, forms_of, run_blocks, run_merge
 
 VARIANTS = {"tiny": 96, "small": 96, "base": 128, "large": 192}  # channels of the first stage; depths change no shape
 IMAGE_SIZES = (224, 256, 384)
@@ -76,7 +76,7 @@ def _stages(channels: int, window: int, dtype: torch.dtype, stream: torch.dtype,
             channels *= 2
         x = _empty(2, side, side, channels, dtype=stream)
         for shift, second_norm in ((0, False), (window // 2 if side > window else 0, True)):
-            run_block(_block(channels, window, shift, second_norm, dtype, stream), x)
+            run_blocks([_block(channels, window, shift, second_norm, dtype, stream)], x)
 
 
 def _block(channels: int, window: int, shift: int, second_norm: bool, dtype: torch.dtype, stream: torch.dtype) -> Block:

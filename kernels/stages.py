@@ -7,6 +7,7 @@
 Weights come as named tuples in one dtype; where they are from is the caller's business.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -106,21 +107,34 @@ def bias_table(
     return cpb_bias(*mlp, list(window_size), list(shift_size), padded, dtype)
 
 
-def run_block(block: Block, x: Tensor) -> Tensor:
-    """One block. x [B, H, W, C], contiguous, to the same."""
+def run_blocks(blocks: Sequence[Block], x: Tensor) -> Tensor:
+    """Blocks one after the other. x [B, H, W, C], contiguous, to the same.
+
+    Here and below a name is bound anew where its tensor is not needed any more: that is what frees its memory.
+    """
+    for block in blocks:
+        x = _attention_half(block, x)
+        x = _mlp_half(block, x)
+    return x
+
+
+def _attention_half(block: Block, x: Tensor) -> Tensor:
     window, shift, forms = list(block.window_size), list(block.shift_size), block.forms
     if forms.attention_half == "attention_block":
-        x = attention_block(
+        return attention_block(
             x, *block.qkv, block.logit_scale, block.table, *block.proj, *block.norm1, window, shift
         )  # fmt: skip
-    else:
-        qkv = linear(x, *block.qkv)
-        attended = window_attention(qkv, block.qkv.bias, block.logit_scale, block.table, window, shift)
-        x = _linear_norm_residual(forms.projection, attended, block.proj, block.norm1, x, None)
+    y = linear(x, *block.qkv)
+    y = window_attention(y, block.qkv.bias, block.logit_scale, block.table, window, shift)
+    return _linear_norm_residual(forms.projection, y, block.proj, block.norm1, x, None)
+
+
+def _mlp_half(block: Block, x: Tensor) -> Tensor:
+    forms = block.forms
     if forms.mlp_half == "mlp_block":
         return mlp_block(x, *block.fc1, *block.fc2, *block.norm2, *(block.norm3 or ()))
-    hidden = linear(x, *block.fc1, gelu=True)
-    return _linear_norm_residual(forms.mlp_output, hidden, block.fc2, block.norm2, x, block.norm3)
+    y = linear(x, *block.fc1, gelu=True)
+    return _linear_norm_residual(forms.mlp_output, y, block.fc2, block.norm2, x, block.norm3)
 
 
 def run_merge(merge: Merge, x: Tensor) -> Tensor:
@@ -134,4 +148,5 @@ def _linear_norm_residual(
     extra = extra_norm or ()
     if form == "linear_norm_residual":
         return linear_norm_residual(x, *layer, *norm, residual, *extra)
-    return norm_residual(linear(x, *layer), *norm, residual, *extra)
+    x = linear(x, *layer)
+    return norm_residual(x, *norm, residual, *extra)

@@ -25,6 +25,7 @@ from .self_check import is_asked_for, self_check
 from .specs import ImageScale
 
 CHUNK_TOKENS = 4 * 56 * 56  # that a CPU works on at a time: four images of 224 x 224, about what its caches hold
+CHUNK_ELEMENTS = 80 << 20  # that a GPU does: more than fills it, so that memory does not grow with the batch for ever
 
 
 class Settings:
@@ -235,7 +236,7 @@ class FusedStage(FusedComputation):
 class FusedStages(Fused):
     """The Sequential of stages: one computation, where nothing in or on a stage could tell it from several.
 
-    On a GPU one CUDA graph spans it; on a CPU a large batch goes through in chunks that stay in its caches.
+    On a GPU one CUDA graph spans it. A large batch goes through in chunks.
     """
 
     def plan(self) -> SequencePlan | None:
@@ -275,10 +276,10 @@ class FusedStages(Fused):
                 compute=partial(self._compute, plan),
                 plain=lambda: self._one_by_one(plan, x),
             )
-        chunk = max(1, CHUNK_TOKENS // max(1, x.shape[2] * x.shape[3])) if x.dim() == 4 else len(x)
-        if x.device.type != "cpu" or len(x) <= chunk:
+        parts = x.chunk(_chunks(x))
+        if len(parts) == 1:
             return self._one_by_one(plan, x)
-        return torch.cat([self._one_by_one(plan, part) for part in x.split(chunk)])
+        return torch.cat([self._one_by_one(plan, part) for part in parts])
 
     def _one_by_one(self, plan: SequencePlan, x: Tensor) -> Tensor:
         # where no graph can span all stages, because PyTorch computes one, the others may have their own
@@ -291,6 +292,15 @@ class FusedStages(Fused):
         for stage, one, its_tables in zip(self, plan.plans, tables, strict=True):
             x = stage._run(one.backend, one.spec, its_tables, x)
         return x
+
+
+def _chunks(x: Tensor) -> int:
+    """In how many chunks a batch goes through the stages."""
+    if x.dim() != 4 or not x.numel():
+        return 1
+    if x.device.type == "cpu":
+        return -(-len(x) // max(1, CHUNK_TOKENS // (x.shape[2] * x.shape[3])))
+    return min(len(x), -(-x.numel() // CHUNK_ELEMENTS))
 
 
 FUSED = {"patch embedding": FusedPatchEmbed, "stage": FusedStage}

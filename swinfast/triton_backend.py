@@ -14,7 +14,7 @@ from .kernels.configs import config
 from .kernels.launch import DTYPES, INTERPRETED, arch_of, precision_name
 from .kernels.patch_embed import IMAGE_DTYPES
 from .kernels.patch_embed import patch_embed as embed
-from .kernels.stages import Block, Linear, Merge, Norm, bias_table, forms_of, run_block, run_merge
+from .kernels.stages import Block, Linear, Merge, Norm, bias_table, forms_of, run_blocks, run_merge
 from .kernels.window_attention import LARGEST_HEAD_DIM, LARGEST_WINDOW
 from .specs import BlockSpec, ImageScale, MergeSpec, PatchEmbedSpec, StageSpec
 
@@ -149,9 +149,7 @@ def stage(spec: StageSpec, tables: StageTables, x: Tensor) -> Tensor:
         x = x.to(tables.dtype).contiguous()
         if tables.merge is not None:
             x = run_merge(tables.merge, x)
-        for block in tables.blocks:
-            x = run_block(block, x)
-        return x.to(given)
+        return run_blocks(tables.blocks, x).to(given)
 
 
 def graph_pays(x: Tensor, dtype: torch.dtype) -> bool:

@@ -24,6 +24,7 @@ SIZES = {  # by which rows are matched: the values tried for a row that does not
     "stream_bytes": (2, 4),
     "k": (16, 48, 192, 384, 768, 1536, 3072, 6144),
     "n": (16, 64, 96, 288, 384, 768, 1536, 3072),
+    "elements": (1 << 30,),
 }
 BAD_TABLE = """
 import json, sys

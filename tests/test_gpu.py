@@ -115,6 +115,80 @@ def test_compile(timm):
         assert relative_rms(compiled(images), model(images)) <= 1e-4
 
 
+def test_captured_by_the_caller(timm):
+    """In somebody else's CUDA graph the kernels are launched one by one, and edits of weights are seen by replays."""
+    model, images = make(timm)
+    fast = swinfast.optimize(model)
+    static = images.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            fast(static)
+            torch.cuda.current_stream().synchronize()
+        with torch.cuda.graph(graph):
+            out = fast(static)
+        static.copy_(images * 0.5)
+        graph.replay()
+        assert relative_rms(out, model(images * 0.5)) <= 1e-4
+        for either in (model, fast):
+            either.stages[1].blocks[1].mlp.fc1.weight.mul_(1.5)
+        graph.replay()
+        assert relative_rms(out, model(images * 0.5)) <= 1e-4
+
+
+def test_captured_by_the_caller_without_tables(timm):
+    """Tables that are not there yet become a part of that graph, and of nothing else."""
+    model, images = make(timm)
+    fast = swinfast.optimize(model)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            fast(images)  # compiles the kernels
+            torch.cuda.current_stream().synchronize()
+        swinfast.refresh(fast)
+        with torch.cuda.graph(graph):
+            out = fast(images)
+        assert relative_rms(fast(images), model(images)) <= 1e-4  # before any replay
+        for either in (model, fast):
+            either.stages[0].blocks[1].attn.meta_mlp.fc2.bias.mul_(2)
+        graph.replay()
+        assert relative_rms(out, model(images)) <= 1e-4
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_a_warm_forward_allocates_its_output_and_nothing_else(timm, cuda_graphs):
+    model, images = make(timm)
+    fast = swinfast.optimize(model, cuda_graphs=cuda_graphs)
+    x = fast.patch_embed(images).detach()
+    with torch.no_grad():
+        for _ in range(3):
+            fast.stages(x)
+        before = torch.cuda.memory_stats()
+        outputs = [fast.stages(x) for _ in range(3)]
+        after = torch.cuda.memory_stats()
+    grown = sum(-(-output.numel() * output.element_size() // 512) * 512 for output in outputs)
+    assert after["allocated_bytes.all.current"] - before["allocated_bytes.all.current"] == grown
+    if cuda_graphs:
+        assert after["allocation.all.allocated"] - before["allocation.all.allocated"] == len(outputs)
+    assert after["segment.all.current"] == before["segment.all.current"]
+
+
+def test_peak_memory(timm):
+    """At most a third of the plain model's, at the batch size of throughput."""
+    model = randomise(timm.create_model("swinv2_cr_tiny_ns_224")).eval().cuda().half()
+    images = torch.randn(256, 3, 224, 224, device="cuda", dtype=torch.float16)
+    peaks = []
+    with torch.no_grad():
+        for either in (model, swinfast.optimize(model)):
+            either(images[:1])
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            either(images)
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] <= peaks[0] / 3
+
+
 def test_offsets_beyond_32_bits():
     """The last image of a batch whose qkv has more than 2^31 elements has the answer that it has alone."""
     count = 2**31 // (56 * 56 * 288) + 2

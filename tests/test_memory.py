@@ -1,0 +1,62 @@
+"""How much memory a forward takes, counted on meta tensors: nothing is computed."""
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import swinfast
+
+BATCH = 256
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of results of operators that are alive at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
+            if storage is not None and storage._cdata not in given:
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: value for key, value in self.alive.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+def peak(forward, *args) -> int:
+    with torch.no_grad(), LiveBytes() as counted:
+        forward(*args)
+    return counted.peak
+
+
+def test_live_bytes():
+    def forward(x):
+        y = x + 1  # 4 KB
+        z = torch.cat([y, y])  # 8 KB more
+        del y
+        return z.view(-1) * 2  # 8 KB more, 4 KB less
+
+    assert peak(forward, torch.empty(1024, device="meta")) == 16 << 10
+
+
+@pytest.mark.parametrize("name", ["swinv2_cr_tiny_ns_224", "swinv2_cr_base_ns_224", "swinv2_cr_tiny_384"])
+def test_at_most_a_third_of_the_plain_models(timm, name):
+    """The Triton backend without a graph, as it is at this batch size: its chunks, and what dies when."""
+    with torch.device("meta"):
+        model = timm.create_model(name).eval().half()
+    fast = swinfast.optimize(model, backend="triton")
+    images = torch.empty(BATCH, 3, *model.img_size, device="meta", dtype=torch.float16)
+
+    def forward(images):
+        x = fast.patch_embed(images)
+        return fast.forward_head(fast.stages.fused_forward(fast.stages.plan(), x))
+
+    forward(images[:1])  # tables are made once
+    assert 0 < peak(forward, images) <= peak(model, images) / 3
