@@ -176,6 +176,17 @@ def test_a_graph_stays_valid_when_weights_change_in_place(model, captures, chang
     assert captures.replayed == 4
 
 
+def test_tables_in_another_place_capture_anew(model, captures, monkeypatch):
+    monkeypatch.setattr(plan, "overwrite", lambda old, new: False)
+    fast = optimised(model)
+    for count in (1, 2, 3):
+        for _ in range(2):
+            assert_right(fast, model, images())
+        assert captures.captured == count
+        for either in (model, fast):
+            edit(either)
+
+
 def assign(either):
     either.load_state_dict({key: value * 1.1 for key, value in either.state_dict().items()}, assign=True)
 
