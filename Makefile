@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+PYTEST := $(PY) -m pytest --numprocesses auto --dist worksteal
 
 .PHONY: demo test test-all lint format docs clean
 
@@ -10,10 +11,10 @@ demo: $(READY)
 	$(PY) examples/demo.py
 
 test: $(READY)
-	$(PY) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY)
-	$(PY) -m pytest
+	$(PYTEST)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -6,7 +6,16 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
-TEST = ["hypothesis", "matplotlib", "pytest", "pytest-benchmark", "ruff", "setuptools>=64", "timm==1.0.31"]
+TEST = [
+    "hypothesis",
+    "matplotlib",
+    "pytest",
+    "pytest-benchmark",
+    "pytest-xdist",
+    "ruff",
+    "setuptools>=64",
+    "timm==1.0.31",
+]
 
 setup(
     name="swinfast",
