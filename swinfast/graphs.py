@@ -10,8 +10,9 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -122,18 +123,31 @@ def capture(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callab
     Returns:
         (what launches it all again, the output that this writes).
     """
+    key = device, stream_of(device)
+    pool = _pools.get(key) or Pool(device)
+    _pools[key] = pool
     graph = torch.cuda.CUDAGraph()
-    pool, stream = _pool(device, stream_of(device)), _side_stream(device)
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool.handle, stream=_side_stream(device), capture_error_mode="thread_local"):
         output = compute()
-    return graph.replay, output
+    return partial(_replay, graph, pool), output
 
 
-@cache
-def _pool(device: torch.device, stream: int) -> Any:
-    """The memory that all graphs of a stream share: they run one after the other."""
-    with torch.cuda.device(device):
-        return torch.cuda.graph_pool_handle()
+def _replay(graph: torch.cuda.CUDAGraph, pool: "Pool") -> None:
+    graph.replay()
+
+
+class Pool:
+    """The memory that all graphs of a stream share, since they run one after the other.
+
+    It lives as long as one of them: PyTorch takes no pool again that the last graph has left.
+    """
+
+    def __init__(self, device: torch.device):
+        with torch.cuda.device(device):
+            self.handle = torch.cuda.graph_pool_handle()
+
+
+_pools: WeakValueDictionary[tuple[torch.device, int], Pool] = WeakValueDictionary()
 
 
 @cache

@@ -155,6 +155,19 @@ def test_captured_by_the_caller_without_tables(timm):
         assert relative_rms(out, model(images)) <= 1e-4
 
 
+def test_graphs_after_all_others_are_gone(timm):
+    """Their memory pool went with them."""
+    model, images = make(timm)
+    for _ in range(3):
+        fast = swinfast.optimize(model)
+        for _ in range(3):
+            assert relative_rms(fast(images), model(images)) <= 1e-4
+        swinfast.refresh(fast)
+        for _ in range(3):
+            assert relative_rms(fast(images), model(images)) <= 1e-4
+        del fast
+
+
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_a_warm_forward_allocates_its_output_and_nothing_else(timm, cuda_graphs):
     model, images = make(timm)
