@@ -443,3 +443,30 @@ def test_inside_somebody_elses_capture(model, captures, monkeypatch):
     for _ in range(2):
         assert_right(fast, model, images())
     assert captures.captured == 1
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="test_gpu has the real thing")
+def test_graphs_of_a_stream_share_a_pool_that_dies_with_them(monkeypatch):
+    pools = []
+
+    def record(graph, pool, stream, capture_error_mode):
+        pools.append(pool)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(graphs, "_side_stream", lambda device: None)
+    stream = 0
+    monkeypatch.setattr(graphs, "stream_of", lambda device: stream)
+    device = torch.device("cuda:0")
+    kept = [graphs.capture(lambda: None, device) for _ in range(2)]
+    stream = 1
+    kept.append(graphs.capture(lambda: None, device))
+    assert pools[0] is pools[1]
+    assert pools[2] is not pools[0]
+    del kept[:2]
+    stream = 0
+    kept.append(graphs.capture(lambda: None, device))
+    assert pools[3] not in pools[:3]
