@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import window_order
+from .constants import constant
 from .specs import BlockSpec, ImageScale, MergeSpec, PatchEmbedSpec, Size, StageSpec
 from .torch_linear import Linear, can_pack, has_native_bfloat16, make_linear
 from .window_order import WindowOrder
@@ -94,9 +95,14 @@ def patch_embed(
 def normalise(images: Tensor, image_scale: ImageScale | None, dtype: torch.dtype) -> Tensor:
     """Images as the original takes them: of its dtype, uint8 ones normalised."""
     if images.dtype == torch.uint8:
-        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in image_scale)
+        mean, std = _mean_and_std(image_scale, images.device)
         images = (images / 255 - mean) / std
     return images.to(dtype)
+
+
+@constant
+def _mean_and_std(image_scale: ImageScale, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(values, device=device)[:, None, None] for values in image_scale)
 
 
 def derive_stage(spec: StageSpec, traced: bool, autocast: torch.dtype | None) -> StageTables:

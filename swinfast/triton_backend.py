@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .autocast import without_autocast
+from .constants import constant
 from .kernels.configs import config
 from .kernels.launch import DTYPES, INTERPRETED, arch_of, precision_name
 from .kernels.patch_embed import IMAGE_DTYPES
@@ -97,12 +98,18 @@ def patch_embed(
     """Images [B, in_chans, H, W] of any strides and dtype to tokens [B, H / ph, W / pw, C]."""
     scale = shift = None
     if images.dtype == torch.uint8:
-        mean, std = (torch.tensor(values, dtype=torch.float64) for values in image_scale)
-        scale, shift = (v.float().to(images.device) for v in (1 / (255 * std), -mean / std))
+        scale, shift = _scale_and_shift(image_scale, images.device)
     elif images.dtype not in IMAGE_DTYPES:
         images = images.to(tables.weight.dtype)
     with without_autocast(images.device):
         return embed(images, tables.weight, tables.bias, *(tables.norm or (None, None, 1e-5)), scale, shift)
+
+
+@constant
+def _scale_and_shift(image_scale: ImageScale, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor and summand that normalise uint8 pixels."""
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in image_scale)
+    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
 
 def derive_stage(spec: StageSpec, traced: bool, autocast: torch.dtype | None) -> StageTables:

@@ -5,13 +5,13 @@ A WindowOrder is rolled by its shift first and padded to whole windows after, as
 raster order. Index tensors depend on sizes alone and are cached; under tracing they are computed in the graph.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._guards import detect_fake_mode
+
+from .constants import constant
 
 Size = tuple[int, int]
 
@@ -38,22 +38,7 @@ class WindowOrder(NamedTuple):
         return in_line and self.shift == (0, 0) and not self.padded
 
 
-def _cached(function):
-    """Cache a function's index tensors, but compute them anew while a graph is traced or tensors are fake."""
-    cached = lru_cache(maxsize=256)(function)
-
-    def call(*args):
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return function(*args)
-        if torch._C._len_torch_dispatch_stack() and detect_fake_mode() is not None:
-            return function(*args)
-        with torch.inference_mode(False):  # an inference tensor could not be used by a later training step
-            return cached(*args)
-
-    return call
-
-
-@_cached
+@constant
 def change(old: WindowOrder | None, new: WindowOrder | None, device: torch.device) -> Tensor | None:
     """Index that brings tokens from one order to another, None where the two are the same.
 
@@ -69,13 +54,13 @@ def change(old: WindowOrder | None, new: WindowOrder | None, device: torch.devic
     return tokens if old is None else _slots(old, device)[tokens]
 
 
-@_cached
+@constant
 def pad_mask(order: WindowOrder, device: torch.device) -> Tensor:
     """[slots, 1] booleans: True for the slots of a padded order that hold no token of the map."""
     return (_tokens(order, device) < 0)[:, None]
 
 
-@_cached
+@constant
 def merge(size: Size, order: WindowOrder | None, device: torch.device) -> Tensor:
     """Index of the four tokens that patch merging puts into each token of a merged map in the given order.
 

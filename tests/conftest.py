@@ -20,7 +20,7 @@ from torch import nn
 from bench.peers import import_timm
 
 ON_A_GPU = ("test_triton_backend", "test_graphs", "test_fallback")
-torch.backends.cudnn.conv.fp32_precision = "ieee"  # the oracle's convolution is TF32 by default
+torch.backends.cudnn.allow_tf32 = False  # which the oracle's convolution on a GPU is by default
 torch.set_num_threads(1)  # these models are small: threads gain nothing, and on a busy machine they cost tenfold
 
 

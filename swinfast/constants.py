@@ -1,0 +1,27 @@
+"""Small tensors that depend on sizes and settings alone, such as index tensors: made once and kept."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+from torch._guards import detect_fake_mode
+
+T = TypeVar("T")
+
+
+def constant(function: Callable[..., T]) -> Callable[..., T]:
+    """Keep what a function of hashable arguments makes, but make it anew inside a graph, and where tensors are fake."""
+    cached = lru_cache(maxsize=256)(function)
+
+    def call(*args):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return function(*args)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return function(*args)
+        if torch._C._len_torch_dispatch_stack() and detect_fake_mode() is not None:
+            return function(*args)
+        with torch.inference_mode(False):  # an inference tensor could not be used by a later training step
+            return cached(*args)
+
+    return call
