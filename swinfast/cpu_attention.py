@@ -5,7 +5,7 @@ operators, and softmax. exp2 takes a fifth of softmax's time, and the sums divid
 
 No largest logit is looked for. A cosine bounds the logits of a head: where its scale is small, no exponential leaves
 the range of float32. Where it is large, logits are taken relative to the mean of their row, which centring k and the
-position bias does, and the sums are looked at: if one is out of range after all, softmax itself computes the weights.
+position bias does, and the sums are looked at: where one is out of range after all, softmax itself computes the row.
 """
 
 import math
@@ -98,8 +98,7 @@ def attend(scratch: Scratch, table: ExponentTable, qkv: Tensor, scale: Tensor) -
     logits, weights, sums = _logits(scratch, table), scratch.products, scratch.sums
     torch.sum(logits.exp2_(), dim=-1, keepdim=True, out=sums)
     if not table.bounded and not _in_range(sums):
-        logits = _logits(scratch, table).div_(LOG2_E).softmax(dim=-1)
-        sums.fill_(1.0)
+        _repair(scratch, table)
     if weights is not logits:
         weights.copy_(logits)
     torch.bmm(weights, scratch.value, out=scratch.attended)
@@ -124,6 +123,15 @@ def _in_range(sums: Tensor) -> bool:
         return True
     least, largest = torch.aminmax(sums)
     return least.item() >= LEAST_SUM and largest.item() <= 1 / LEAST_SUM  # neither holds for NaN
+
+
+def _repair(scratch: Scratch, table: ExponentTable) -> None:
+    """Softmax in place of the exponentials in the rows whose sums are out of range; the others stay as they are."""
+    exponentials, sums = scratch.logits.clone(), scratch.sums
+    fine = (sums >= LEAST_SUM) & (sums <= 1 / LEAST_SUM)
+    weights = _logits(scratch, table).div_(LOG2_E).softmax(dim=-1)
+    torch.where(fine, exponentials, weights, out=scratch.logits)
+    sums.masked_fill_(~fine, 1.0)
 
 
 def add_bias(logits: Tensor, bias: Tensor, factor: float) -> None:

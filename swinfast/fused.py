@@ -4,7 +4,7 @@ submodules, parameters, names, methods and attributes stay the original ones, an
 In training mode, and wherever the fused computation would not be faithful, the original forward runs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -15,14 +15,16 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
 
 from . import torch_backend
-from .adapters import HOOKS, Adapter, adapter_of, why_not
+from .adapters import Adapter, adapter_of, why_not
 from .autocast import autocast_dtype
 from .backends import choose
 from .plan import Plan
 from .recompute import FusedForward
 from .specs import ImageScale
 
-CHUNK_TOKENS = 4 * 56 * 56  # that a CPU works on at a time: four images of 224 x 224, about what its caches hold
+# Numbers of the residual stream that a CPU works on at a time, about what its caches hold with all that is made of
+# them: 2, 4, 8 and 16 images in the four stages of a tiny model.
+PART = 2 * 56 * 56 * 96
 
 
 class Settings:
@@ -105,7 +107,10 @@ class FusedComputation(Fused):
     def fused_forward(self, plan: Plan, x: Tensor) -> Tensor:
         autocast = autocast_dtype(x.device)
         derive = partial(self._derive, plan.backend, traced=False, autocast=autocast)
-        return self._run(plan.backend, plan.spec, plan.derived(autocast, derive), x)
+        run = partial(self._run, plan.backend, plan.spec, plan.derived(autocast, derive))
+        if x.device.type != "cpu":
+            return run(x)
+        return _in_parts(run, x, max(1, PART // max(1, self._numbers(plan.spec, x))))
 
     def _traced_forward(self, x: Tensor) -> Tensor:
         """In a graph everything is derived on the spot, so that the graph sees edited weights."""
@@ -126,6 +131,10 @@ class FusedComputation(Fused):
     def _prepare(self, spec: Any, x: Tensor) -> Tensor:
         """The input as the original takes it, where the fused module takes more."""
         return x
+
+    def _numbers(self, spec: Any, x: Tensor) -> int:
+        """How many numbers one image is inside the module."""
+        return x[:1].numel()
 
     def _derive(self, backend: ModuleType, spec: Any, traced: bool, autocast: torch.dtype | None) -> Any:
         """What the backend needs of the parameters."""
@@ -171,6 +180,9 @@ class FusedPatchEmbed(FusedComputation):
 class FusedStage(FusedComputation):
     """Patch merging and the blocks of one stage, [B, C, H, W] in and out."""
 
+    def _numbers(self, spec, x):
+        return x[:1].numel() if spec.merge is None else x[:1].numel() // 2
+
     def _derive(self, backend, spec, traced, autocast):
         return backend.derive_stage(spec, traced, autocast)
 
@@ -178,22 +190,22 @@ class FusedStage(FusedComputation):
         return backend.stage(spec, tables, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class FusedStages(Fused):
-    """The Sequential of stages. On a CPU a large batch goes through in chunks that stay in its caches."""
+def _in_parts(run: Callable[[Tensor], Tensor], x: Tensor, images: int) -> Tensor:
+    """run(x), a few images at a time: what a part writes stays in a CPU's caches.
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu":
-            return super().forward(x)
-        chunk = max(1, CHUNK_TOKENS // max(1, x.shape[2] * x.shape[3]))
-        if x.shape[0] <= chunk or _is_transformed() or not all(map(_takes_chunks, self)):
-            return super().forward(x)
-        return torch.cat([self.original.forward(self, part) for part in x.split(chunk)])
-
-
-def _takes_chunks(stage: nn.Module) -> bool:
-    """Whether nothing in or on a stage could tell a part of a batch from the whole."""
-    hooked = any(getattr(stage, hooks) for hooks in HOOKS)
-    return isinstance(stage, FusedStage) and not hooked and stage.plan().reason is None
+    Args:
+        run: Maps [B, C, H, W] to [B, C', H', W'], each image on its own.
+    """
+    if x.shape[0] <= images:
+        return run(x)
+    whole, done = None, 0
+    for part in map(run, x.split(images)):
+        if whole is None:
+            shape = (x.shape[0], *part.shape[1:])
+            whole = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
+        whole[done : done + len(part)] = part
+        done += len(part)
+    return whole
 
 
 FUSED = {"patch embedding": FusedPatchEmbed, "stage": FusedStage}

@@ -9,7 +9,7 @@ from torch import nn
 
 from .adapters import DTYPES, SUPPORTED, Adapter, adapter_of
 from .backends import check_choice
-from .fused import FUSED, Fused, FusedComputation, FusedStage, FusedStages, ImageScale, Settings, fuse
+from .fused import FUSED, Fused, FusedComputation, FusedStage, ImageScale, Settings, fuse
 
 
 def optimize(
@@ -60,9 +60,6 @@ def optimize(
             if not isinstance(module, Fused):
                 fuse(module, FUSED[adapter.kind])
             module._swinfast = Settings(backend, scales.get(module) if mean is None else (tuple(mean), tuple(std)))
-    for module in list(model.modules()):
-        if type(module) is nn.Sequential and len(module) and all(isinstance(child, FusedStage) for child in module):
-            fuse(module, FusedStages)
     if backend != "triton":
         _warn_of_float16(model)
     return model
