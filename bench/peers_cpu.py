@@ -1,8 +1,9 @@
 """Whole models on a CPU beside what else runs them there, interleaved. `python -m bench.peers_cpu --help`.
 
 timm eager, timm with torch.compile and freezing, ONNX Runtime and OpenVINO (`pip install 'swinfast[peers]'`; one that
-is missing is left out and named), all with the same weights. Appends rows as bench.models does, once a dtype and batch size
-is measured; beside each speed stand the relative error against the plain model in float64 and the top-1 agreement.
+is missing is left out and named), all with the same weights. Appends rows as bench.models does, once a dtype and batch
+size is measured; beside each speed stand the relative error against the plain model in float64 and the top-1 agreement
+with it.
 """
 
 import argparse
