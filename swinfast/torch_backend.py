@@ -7,22 +7,26 @@ map's own order returns once, at the end. Position biases and masks come from ta
 Every operation here is differentiable and traceable when the tables come from derive_stage(..., traced=True).
 """
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import window_order
+from . import cpu_attention, window_order
 from .constants import constant
+from .cpu_attention import NORM_EPS, ExponentTable, Scratch
 from .specs import BlockSpec, ImageScale, MergeSpec, PatchEmbedSpec, Size, StageSpec
 from .torch_linear import Linear, can_pack, has_native_bfloat16, make_linear
 from .window_order import WindowOrder
 
 MASK_VALUE = -100.0
 MAX_LOGIT_SCALE = 4.605170185988092  # log(100)
-NORM_EPS = 1e-12
 NormWeights = tuple[Tensor | None, Tensor | None, float]
+Attend = Callable[[Tensor, Tensor], Tensor]
 
 name = "torch"
 capturable = False  # index tensors are kept in a cache that forgets some
@@ -48,6 +52,7 @@ class StageTables(NamedTuple):
     merge_norm: NormWeights | None
     reduction: Linear | None
     blocks: tuple[BlockTables, ...]
+    exponents: tuple[ExponentTable, ...] | None  # for each block, on a CPU outside a graph: attention in place
 
 
 class PatchEmbedTables(NamedTuple):
@@ -120,7 +125,12 @@ def derive_stage(spec: StageSpec, traced: bool, autocast: torch.dtype | None) ->
     if spec.merge is not None:
         merge_norm = _norm_weights(spec.merge.norm, dtype)
         reduction = _linear(spec.merge.reduction, dtype, pack)
-    return StageTables(dtype, merge_norm, reduction, tuple(_derive_block(block, dtype, pack) for block in spec.blocks))
+    blocks = tuple(_derive_block(block, dtype, pack) for block in spec.blocks)
+    exponents = None
+    alike = len({(block.window, block.num_heads) for block in spec.blocks}) == 1  # they share scratch memory
+    if pack and alike and weight.device.type == "cpu":
+        exponents = tuple(cpu_attention.exponent_table(block.bias, block.scale[0]) for block in blocks)
+    return StageTables(dtype, merge_norm, reduction, blocks, exponents)
 
 
 def _derive_block(block: BlockSpec, dtype: torch.dtype, pack: bool) -> BlockTables:
@@ -173,11 +183,13 @@ def stage(spec: StageSpec, tables: StageTables, x: Tensor) -> Tensor:
         size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
         order = _stream_order(spec.blocks[0], size)
         x = _merge(tables, x, size, order)
-    for block, block_tables in zip(spec.blocks, tables.blocks, strict=True):
+    scratch = None if tables.exponents is None else _scratch(spec.blocks[0], tables, x, size)
+    for index, (block, block_tables) in enumerate(zip(spec.blocks, tables.blocks, strict=True)):
         wanted = _stream_order(block, size)
         x = _reorder(x, order, wanted)
         order = wanted
-        x = _block(block, block_tables, x, size)
+        in_place = None if scratch is None else partial(cpu_attention.attend, scratch, tables.exponents[index])
+        x = _block(block, block_tables, x, size, in_place)
     return _reorder(x, order, None).unflatten(1, size).to(given)
 
 
@@ -200,25 +212,37 @@ def _merge(tables: StageTables, x: Tensor, size: Size, order: WindowOrder | None
     return tables.reduction(_layer_norm(x, tables.merge_norm))
 
 
-def _block(block: BlockSpec, tables: BlockTables, x: Tensor, size: Size) -> Tensor:
+def _scratch(block: BlockSpec, tables: StageTables, x: Tensor, size: Size) -> Scratch:
+    """For all blocks of a stage."""
+    order, exact = WindowOrder(size, block.window, block.shift), tables.blocks[0].bias.dtype
+    return Scratch(x.shape[0], order.grid, math.prod(block.window), block.num_heads, x.shape[-1], x.dtype, exact)
+
+
+def _block(block: BlockSpec, tables: BlockTables, x: Tensor, size: Size, in_place: Attend | None) -> Tensor:
     """One block on the residual stream [B, H * W, C]."""
     order = WindowOrder(size, block.window, block.shift)
     if order.padded:
         windows = x.index_select(1, window_order.change(None, order, x.device))
         windows = windows.masked_fill(window_order.pad_mask(order, x.device), 0.0)
-        attended = _attention(block, tables, windows, order.grid)
+        attended = _attention(block, tables, windows, order.grid, in_place)
         attended = attended.index_select(1, window_order.change(order, None, x.device))
     else:
-        attended = _attention(block, tables, x, order.grid)
+        attended = _attention(block, tables, x, order.grid, in_place)
     x = _norm_residual(attended, tables.norm1, x)
     x = _norm_residual(tables.fc2(tables.fc1_gelu(x)), tables.norm2, x)
     return x if tables.norm3 is None else _layer_norm(x, tables.norm3)
 
 
-def _attention(block: BlockSpec, tables: BlockTables, x: Tensor, grid: Size) -> Tensor:
+def _attention(block: BlockSpec, tables: BlockTables, x: Tensor, grid: Size, in_place: Attend | None) -> Tensor:
     """Scaled cosine attention and the projection on tokens in window order, [B, windows * N, C] in and out."""
-    heads, tokens, channels = block.num_heads, block.window[0] * block.window[1], x.shape[-1]
-    qkv = tables.qkv(x).view(-1, tokens, 3, heads, channels // heads)
+    qkv = tables.qkv(x)
+    return tables.proj(_attend(block, tables, qkv, grid) if in_place is None else in_place(qkv, tables.scale))
+
+
+def _attend(block: BlockSpec, tables: BlockTables, qkv: Tensor, grid: Size) -> Tensor:
+    """Scaled cosine attention of qkv [B, windows * N, 3C]."""
+    batch, tokens, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    qkv = qkv.view(-1, math.prod(block.window), 3, block.num_heads, channels // block.num_heads)
     qkv = qkv.permute(2, 0, 3, 1, 4).contiguous()  # [3, B * windows, heads, N, d]
     query_key, value = qkv[:2], qkv[2]
     # In float16 a norm overflows or loses its eps; bfloat16 has the range of float32.
@@ -229,7 +253,7 @@ def _attention(block: BlockSpec, tables: BlockTables, x: Tensor, grid: Size) -> 
     logits = (query @ key.transpose(-2, -1)).to(tables.bias.dtype)
     _add_bias(logits.unflatten(0, (-1, *grid)), tables.bias)
     out = logits.softmax(dim=-1).to(value.dtype) @ value
-    return tables.proj(out.transpose(1, 2).reshape(x.shape))
+    return out.transpose(1, 2).reshape(batch, tokens, channels)
 
 
 def _add_bias(logits: Tensor, bias: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers import random_images, randomise, small_model_args
 
 import swinfast
-from swinfast import torch_backend
+from swinfast import cpu_attention, torch_backend
 
 IMAGES = random_images(4, 3, 64, 64)
 
@@ -116,13 +116,13 @@ def test_padded_keys_left_out_fails(timm, monkeypatch):
     model = randomise(timm.create_model("swinv2_cr_tiny_224", **small_model_args(window_size=7))).eval()
     fast = swinfast.optimize(model)
     assert swinfast.verify(model, fast, IMAGES).passed
-    add_bias = torch_backend._add_bias
+    add_bias = cpu_attention.add_bias
 
-    def masked(logits, bias):
-        add_bias(logits, bias)
+    def masked(logits, bias, factor):
+        add_bias(logits, bias, factor)
         logits[:, -1, :, :, :, -7:] = -math.inf  # the last row of the last row of windows is padding
 
-    monkeypatch.setattr(torch_backend, "_add_bias", masked)
+    monkeypatch.setattr(cpu_attention, "add_bias", masked)
     assert not swinfast.verify(model, fast, IMAGES).passed
 
 

@@ -1,0 +1,122 @@
+"""Where the time of a forward goes on a CPU, by operator, beside its floor. `python -m bench.profile_cpu --help`.
+
+Two times come from the clock, interleaved: of the whole forward, and of its matrix products alone. The operators' times
+come from PyTorch's profiler in runs of their own, and are given as shares, since profiling slows a forward down.
+Appends rows to a csv under bench/results and prints them as a table.
+"""
+
+import argparse
+import csv
+from datetime import date
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch.profiler import ProfilerActivity, profile
+
+import swinfast
+from bench.models import DTYPES, RESULTS, commit_of_this
+from bench.peers import import_timm
+from bench.peers_cpu import PRODUCTS, products
+from swinfast.benchmark import compare, describe_device, randomise
+
+COLUMNS = (
+    "model",
+    "dtype",
+    "batch",
+    "part",
+    "ms_per_image",
+    "share",
+    "calls",
+    "rounds",
+    "device",
+    "torch",
+    "commit",
+    "date",
+)
+WHOLE, REST = "whole forward", "everything else"
+PARTS = {  # what operators do in a forward of swinfast
+    "mkldnn::_linear_pointwise": "linear layers, GELU in them",
+    "aten::bmm": "products of attention",
+    "aten::addmm": "classifier",
+    "aten::native_layer_norm": "LayerNorm",
+    "aten::copy_": "heads apart, patches, parts, conversions",
+    "aten::index_select": "token order",
+    "aten::exp2_": "exponentials",
+    "aten::sum": "sums of exponentials",
+    "aten::add": "position bias",
+    "aten::add_": "residual",
+    "aten::linalg_vector_norm": "lengths of q and k",
+    "aten::mul_": "q and k by their lengths",
+    "aten::mul": "results by the sums, heads together",
+}
+
+
+def measure(fast: torch.nn.Module, plain: torch.nn.Module, dtype: torch.dtype, batch: int, rounds: int) -> list[dict]:
+    """Rows of the whole forward, of its products, and of each kind of operator by its share."""
+    images = torch.randn(batch, 3, *plain.img_size).to(dtype)
+    timings = compare({WHOLE: lambda: fast(images), PRODUCTS: products(plain, dtype, batch)}, rounds)
+    whole = timings[WHOLE].median
+    rows = [row(part, timing.median / batch, timing.median / whole) for part, timing in timings.items()]
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(rounds):
+            fast(images)
+    spent: dict[str, tuple[float, int]] = {}
+    for event in profiler.key_averages():
+        part = PARTS.get(event.key, REST)
+        time, calls = spent.get(part, (0.0, 0))
+        spent[part] = time + event.self_cpu_time_total, calls + event.count
+    total = sum(time for time, _ in spent.values())
+    for part, (time, calls) in sorted(spent.items(), key=lambda item: (item[0] == REST, -item[1][0])):
+        rows.append(row(part, whole / batch * time / total, time / total) | {"calls": calls // rounds})
+    return rows
+
+
+def row(part: str, seconds: float, share: float) -> dict:
+    return {"part": part, "ms_per_image": round(1e3 * seconds, 3), "share": round(share, 4)}
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    plain = randomise(import_timm().create_model(options.model)).eval()
+    shared = {
+        "model": options.model,
+        "rounds": options.rounds,
+        "device": describe_device(torch.device("cpu")),
+        "torch": torch.__version__,
+        "commit": commit_of_this(),
+        "date": date.today().isoformat(),
+    }
+    for name in options.dtypes:
+        fast = swinfast.optimize(plain, dtype=DTYPES[name])
+        for batch in options.batch_sizes:
+            rows = measure(fast, plain, DTYPES[name], batch, options.rounds)
+            append(options.output, [shared | {"dtype": name, "batch": batch} | row for row in rows])
+            print(f"\n{options.model}, {name}, batch {batch}, {shared['device']}")
+            lines = [(row["part"], row["ms_per_image"], f"{row['share']:.1%}", row.get("calls", "")) for row in rows]
+            print(tabulate(lines, headers=("part", "ms per image", "share", "calls"), tablefmt="github"), flush=True)
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    """Add rows to a csv file, with a header where the file is new."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="swinv2_cr_tiny_ns_224")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=15, help="forwards timed and profiled (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "profile_cpu.csv")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
