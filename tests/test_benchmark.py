@@ -1,6 +1,5 @@
 """Timing takes turns, and what is shown of results is what was measured."""
 
-import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import swinfast
 from bench import models, peers_cpu, readme
-from swinfast.benchmark import Timing, compare, randomise
+from swinfast.benchmark import Timing, cache_size, compare, copies_beyond_cache, randomise, rotating
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,34 +29,20 @@ def test_timing_of_known_seconds():
     assert timing == Timing(median=2.0, p95=3.0)
 
 
-def test_a_measurement_has_a_speed_and_an_error_for_each_engine(tmp_path):
-    model = randomise(swinfast.create_model("swinv2_cr_tiny_224", **small_model_args())).eval()
-    rows = models.measure(model, "small", torch.float32, 2, torch.device("cpu"), rounds=2)
-    for row in rows:
-        models.append(tmp_path / "new/results.csv", row)
-    with (tmp_path / "new/results.csv").open(newline="") as stream:
-        written = list(csv.DictReader(stream))
-    assert [row["engine"] for row in written] == ["timm eager", "swinfast"]
-    for row in written:
-        assert list(row) == list(models.COLUMNS)
-        assert float(row["infer_samples_per_sec"]) == pytest.approx(2e3 / float(row["infer_step_time"]), rel=0.05)
-        assert 0 < float(row["rel_error"]) < 1e-4
-        assert row["torch"] == torch.__version__
+def test_inputs_rotate():
+    seen = []
+    call = rotating(seen.append, [(1,), (2,), (3,)])
+    for _ in range(4):
+        call()
+    assert seen == [1, 2, 3, 1]
 
 
-def test_no_speed_for_a_wrong_answer(monkeypatch):
-    model = randomise(swinfast.create_model("swinv2_cr_tiny_224", **small_model_args())).eval()
-    optimise = swinfast.optimize
-
-    def wrong(*arguments, **keywords):
-        fast = optimise(*arguments, **keywords)
-        with torch.no_grad():
-            fast.stages[1].blocks[0].norm2.weight.mul_(1.01)
-        return fast
-
-    monkeypatch.setattr(swinfast, "optimize", wrong)
-    with pytest.raises(RuntimeError, match="is wrong, so its speed means nothing"):
-        models.measure(model, "small", torch.float32, 2, torch.device("cpu"), rounds=1)
+def test_copies_are_larger_than_the_cache():
+    device = torch.device("cpu")
+    size = cache_size(device)
+    assert size >= 1 << 20
+    assert copies_beyond_cache(size // 10, device) * (size // 10) >= 2 * size - 10
+    assert copies_beyond_cache(100 * size, device) == 2
 
 
 def test_readme_shows_the_result_file():
