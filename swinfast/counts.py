@@ -14,7 +14,6 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
@@ -44,13 +43,16 @@ def counts(model: nn.Module, shape: tuple[int, int, int]) -> Counts:
 class _Counter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
+        from torch.utils.flop_counter import flop_registry  # here, since it imports Triton
+
         self.macs = self.activations = 0
+        self.flops_of = flop_registry
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         operator = func.overloadpacket
         if operator in PRODUCTS:
-            self.macs += flop_registry[operator](*args, **(kwargs or {}), out_val=out) // 2
+            self.macs += self.flops_of[operator](*args, **(kwargs or {}), out_val=out) // 2
             self.activations += out.numel()
         elif operator is aten.native_layer_norm:
             self.macs += (5 if args[2] is not None else 4) * out[0].numel()

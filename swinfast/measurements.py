@@ -80,9 +80,8 @@ def append(path: Path, row: Mapping[str, object]) -> None:
     unknown = [name for name in row if name not in COLUMNS]
     if unknown:
         raise ValueError(f"row has unknown columns {', '.join(unknown)}")
+    check_header(path)
     new = not path.exists() or path.stat().st_size == 0
-    if not new:
-        _check_header(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, COLUMNS)
@@ -91,7 +90,10 @@ def append(path: Path, row: Mapping[str, object]) -> None:
         writer.writerow(row)
 
 
-def _check_header(path: Path) -> None:
+def check_header(path: Path) -> None:
+    """Refuse a file that rows can't be added to (ValueError); one that is new or empty is fine."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
     with path.open(newline="", encoding="utf-8") as stream:
         found = next(csv.reader(stream), [])
     if tuple(found) == COLUMNS:
