@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -15,6 +17,8 @@ Row = Mapping[str, Any]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 DPI = 100
+ABOVE = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 8}
+LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
 
 
 def require_matplotlib() -> None:
@@ -27,7 +31,7 @@ def throughput(rows: Iterable[Row], path: Path) -> None:
     """Images per second against the batch size: a panel for each dtype, a line for each engine, of one device."""
     rows = list(rows)
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure, panels = _panels(len(dtypes), rows)
+    figure, panels = panels_for(len(dtypes), title_of(rows))
     for panel, dtype in zip(panels, dtypes, strict=True):
         sizes = sorted({int(row["infer_batch_size"]) for row in rows if row["dtype"] == dtype})
         for label, style in _styles(rows).items():
@@ -45,50 +49,53 @@ def throughput(rows: Iterable[Row], path: Path) -> None:
         panel.set_title(dtype, fontsize=10)
         _plain_numbers(panel)
     panels[0].set_ylabel("images/s (logarithmic)")
-    _finish(figure, panels, path)
+    finish(figure, panels, path)
 
 
 def speed_ups(rows: Iterable[Row], path: Path, base: str) -> None:
     """Each engine's speed over the base engine's: a panel for each dtype, a group of bars for each batch size."""
     rows = list(rows)
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure, panels = _panels(len(dtypes), rows)
+    figure, panels = panels_for(len(dtypes), title_of(rows), stacked=True)
     styles = {label: style for label, style in _styles(rows).items() if label != base}
-    width = 0.8 / max(1, len(styles))
+    sizes = sorted({int(row["infer_batch_size"]) for row in rows})
+    width = min(0.3, 0.8 / max(1, len(styles)))
     for panel, dtype in zip(panels, dtypes, strict=True):
         speeds = {
             (label_of(row), int(row["infer_batch_size"])): float(row["infer_samples_per_sec"])
             for row in rows
             if row["dtype"] == dtype
         }
-        sizes = sorted(size for label, size in speeds if label == base)
         for number, (label, style) in enumerate(styles.items()):
-            found = [(place, speeds.get((label, size))) for place, size in enumerate(sizes)]
-            bars = [(place, speed / speeds[base, sizes[place]]) for place, speed in found if speed is not None]
+            both = [(at, size) for at, size in enumerate(sizes) if (label, size) in speeds and (base, size) in speeds]
+            bars = [(at, speeds[label, size] / speeds[base, size]) for at, size in both]
             places = [place + (number - (len(styles) - 1) / 2) * width for place, _ in bars]
             ratios = [ratio for _, ratio in bars]
             panel.bar(places, ratios, 0.92 * width, label=label, color=style["color"])
             for place, ratio in zip(places, ratios, strict=True):
-                panel.text(place, ratio, f" {ratio:.1f}", ha="center", va="bottom", fontsize=8, rotation=90)
-        panel.axhline(1.0, color="0.4", linewidth=1, linestyle="--")
+                panel.annotate(f"{ratio:.1f}", (place, ratio), rotation=90, bbox=LABEL_BOX, **ABOVE)
+        panel.axhline(1.0, color="0.4", linewidth=1, linestyle="--", zorder=0.5)
         panel.set_xticks(range(len(sizes)), labels=map(str, sizes))
-        panel.set_xlabel("batch size")
         panel.set_title(dtype, fontsize=10)
-        panel.margins(y=0.15)
+        panel.set_ylabel(f"speed, {base} = 1", fontsize=9)
+        panel.margins(y=0.2)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(f"speed, {base} = 1")
-    _finish(figure, panels, path)
+    panels[-1].set_xlabel("batch size")
+    finish(figure, panels, path)
 
 
 def label_of(row: Row) -> str:
     """An engine's name, with its model's where that is no Swin Transformer."""
-    model = row["model"]
-    return row["engine"] if "vit" not in model else f"{model.replace('vit_small_patch16_224', 'ViT-S/16')}, compiled"
+    return f"{row['model'].replace('vit_small_patch16_224', 'ViT-S/16')}, compiled" if _is_vit(row) else row["engine"]
+
+
+def _is_vit(row: Row) -> bool:
+    return row["model"].startswith("vit_")
 
 
 def title_of(rows: Sequence[Row]) -> str:
     """Model, device and versions, of the first row that is a Swin Transformer."""
-    row = next((row for row in rows if "vit" not in row["model"]), rows[0])
+    row = next((row for row in rows if not _is_vit(row)), rows[0])
     versions = [f"PyTorch {row['torch']}"]
     if row["driver"]:  # an NVIDIA GPU
         versions += [f"Triton {row['triton']}", f"driver {row['driver']}"]
@@ -102,13 +109,16 @@ def _styles(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
     return {label: {"color": colour, "marker": marker} for label, (colour, marker) in zip(labels, looks, strict=False)}
 
 
-def _panels(count: int, rows: Sequence[Row]) -> tuple["Figure", list["Axes"]]:
+def panels_for(count: int, title: str, stacked: bool = False) -> tuple["Figure", list["Axes"]]:
+    """A figure with panels side by side or one above the other, of one scale."""
     require_matplotlib()
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
-    figure = Figure(figsize=(max(6.4, 1.2 + 3.6 * count), 4.4), layout="constrained")
-    figure.suptitle(title_of(rows), fontsize=10)
-    return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+    size = (8.4, 1.5 + 2.3 * count) if stacked else (max(6.4, 1.2 + 3.6 * count), 4.4)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    shape = (count, 1) if stacked else (1, count)
+    return figure, list(figure.subplots(*shape, sharex=stacked, sharey=True, squeeze=False).flat)
 
 
 def _plain_numbers(panel: "Axes") -> None:
@@ -122,11 +132,15 @@ def _plain_numbers(panel: "Axes") -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _finish(figure: "Figure", panels: Sequence["Axes"], path: Path) -> None:
-    """One legend under all panels."""
+def finish(figure: "Figure", panels: Sequence["Axes"], path: Path) -> None:
+    """One legend under all panels; a file of few colours and bytes where it is a .png."""
     found = {}
     for panel in panels:
         handles, labels = panel.get_legend_handles_labels()
         found |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in found}
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(4, len(found)), fontsize=9)
     figure.savefig(path, dpi=DPI)
+    if path.suffix == ".png":
+        with Image.open(path) as image:
+            small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        small.save(path, optimize=True)

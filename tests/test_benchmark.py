@@ -1,7 +1,5 @@
 """Timing takes turns, and what is shown of results is what was measured."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ from helpers import small_model_args
 from torch.utils.flop_counter import FlopCounterMode
 
 import swinfast
-from bench import models, peers_cpu, readme
+from bench import peers_cpu
 from swinfast.benchmark import Timing, cache_size, compare, copies_beyond_cache, randomise, rotating
 
 ROOT = Path(__file__).parents[1]
@@ -43,20 +41,6 @@ def test_copies_are_larger_than_the_cache():
     assert size >= 1 << 20
     assert copies_beyond_cache(size // 10, device) * (size // 10) >= 2 * size - 10
     assert copies_beyond_cache(100 * size, device) == 2
-
-
-def test_readme_shows_the_result_file():
-    done = subprocess.run([sys.executable, "-m", "bench.readme", "--check"], cwd=ROOT)
-    assert done.returncode == 0, "run python -m bench.readme"
-
-
-def test_readme_table_keeps_the_last_of_a_repeated_measurement(tmp_path):
-    row = dict.fromkeys(models.COLUMNS, "x") | {"infer_batch_size": "8", "dtype": "float32", "device": "d"}
-    for speed, engine in (("1", "timm eager"), ("9", "swinfast"), ("2", "timm eager"), ("5", "swinfast")):
-        models.append(tmp_path / "r.csv", row | {"infer_samples_per_sec": speed, "engine": engine})
-    table = readme.table(readme.latest(tmp_path / "r.csv"), "bench.models")
-    (line,) = [line for line in table.splitlines() if "float32 |" in line]
-    assert "2.50×" in line
 
 
 def test_peers_on_a_cpu(timm, monkeypatch):
