@@ -140,16 +140,16 @@ def measure(
     Raises:
         WrongAnswer: A verified engine is wrong.
     """
-    inputs = _random_inputs(image_shape(plain), batch, dtype, device)
+    inputs = random_inputs(image_shape(plain), batch, dtype, device)
     checked = inputs[: -(-LEAST_IMAGES // batch)]
     oracles: dict[nn.Module, Tensor] = {}
     comparison, ready = Comparison(), {}
 
-    def prepare(engine: Engine) -> _Ready:
+    def prepare(engine: Engine) -> Ready:
         model = plain if engine.plain is None else engine.plain
         if model not in oracles:
-            oracles[model] = _oracle(model, dtype, torch.cat(checked))
-        return _prepare(engine, model, dtype, checked, oracles[model])
+            oracles[model] = oracle_of(model, dtype, torch.cat(checked))
+        return prepared(engine, model, dtype, checked, oracles[model])
 
     try:
         for engine in engines:
@@ -162,7 +162,7 @@ def measure(
     return comparison
 
 
-class _Ready(NamedTuple):
+class Ready(NamedTuple):
     """An engine whose answers are right."""
 
     call: Forward
@@ -177,7 +177,7 @@ class _Ready(NamedTuple):
         return Measurement(name, model, self.plain, timing, self.error, self.agreement, self.peak_memory)
 
 
-def _prepare(engine: Engine, plain: nn.Module, dtype: torch.dtype, checked: Sequence[Tensor], oracle: Tensor) -> _Ready:
+def prepared(engine: Engine, plain: nn.Module, dtype: torch.dtype, checked: Sequence[Tensor], oracle: Tensor) -> Ready:
     """Build an engine and look at its answers.
 
     Raises:
@@ -202,7 +202,7 @@ def _prepare(engine: Engine, plain: nn.Module, dtype: torch.dtype, checked: Sequ
         for _ in range(SETTLE if device.type == "cuda" else 0):
             call(checked[0])
         peak = memory.of(lambda: call(checked[0]))
-    return _Ready(call, engine, plain, error, agreement, peak)
+    return Ready(call, engine, plain, error, agreement, peak)
 
 
 def _verified_bar(engine: Engine, plain: nn.Module, dtype: torch.dtype, checked: Sequence[Tensor]) -> float:
@@ -218,14 +218,14 @@ def _wrong(engine: Engine, dtype: torch.dtype, reason: str) -> str:
     return f"{engine.name} in {str(dtype).removeprefix('torch.')} is wrong, so its speed means nothing: {reason}"
 
 
-def _oracle(plain: nn.Module, dtype: torch.dtype, images: Tensor) -> Tensor:
+def oracle_of(plain: nn.Module, dtype: torch.dtype, images: Tensor) -> Tensor:
     """Outputs in float64 of a model whose weights were rounded to a dtype."""
     oracle = copy.deepcopy(plain).to(dtype).double()
     with torch.inference_mode():
         return torch.cat([oracle(part.double()) for part in images.split(ORACLE_IMAGES)])
 
 
-def _random_inputs(shape: tuple[int, int, int], batch: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def random_inputs(shape: tuple[int, int, int], batch: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Batches of noise, together larger than what the device caches and enough to check answers on."""
     size = batch * math.prod(shape) * dtype.itemsize
     count = max(copies_beyond_cache(size, device), -(-LEAST_IMAGES // batch))
