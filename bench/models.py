@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = resolve_device(options.device)
     options = _with_defaults(options, device)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
-    two_passes = options.minutes is not None and device.type == "cuda"
+    two_passes = device.type == "cuda"  # where tuning the compiled peers takes minutes
     tasks = tasks_in_order(options.models, options.dtypes, options.batch_sizes, options.engines, two_passes)
     print(f"{describe_device(device)}, PyTorch {torch.__version__}, {commit_of_this()}; {len(tasks)} runs", flush=True)
     failed, model = False, None

@@ -26,7 +26,9 @@ def engines_named(keys: list[str], model: str, device: torch.device) -> list[Eng
         "compile": lambda: compiled_engine("timm"),
         "max-autotune": lambda: compiled_engine("timm", "max-autotune"),
         "sdpa": lambda: Engine("SDPA form", sdpa_form),
-        "sdpa-compile": lambda: Engine("SDPA form, compiled", compiler_of(sdpa_form, mode)),
+        "sdpa-compile": lambda: Engine(
+            "SDPA form, compiled", compiler_of(sdpa_form, mode), shares_pool=mode is not None
+        ),
         "vit": lambda: vit_engine(device, mode),
     }
     wanted = [key for key in ENGINES if key in keys and (key != "vit" or model in EQUAL_TO_VIT)]

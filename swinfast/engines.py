@@ -40,6 +40,7 @@ class Engine(NamedTuple):
     build: Makes what is called, with weights of its own, from a plain float32 model and the dtype to run in.
     verified: Held to swinfast.verify, and an error where it fails.
     model, plain: Name and plain model of an engine that runs another model than its neighbours.
+    shares_pool: Keeps its memory in the pool of torch.compile's CUDA graphs, where it can't be told from others'.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Engine(NamedTuple):
     verified: bool = False
     model: str | None = None
     plain: nn.Module | None = None
+    shares_pool: bool = False
 
     @property
     def label(self) -> str:
@@ -62,7 +64,8 @@ class Measurement:
         model, plain: As in Engine; plain is set in any case.
         error: Relative RMS error of its outputs against the plain model in float64, weights rounded to the dtype.
         agreement: Share of images with the same largest output as there, None where outputs are no [B, classes].
-        peak_memory: Bytes that a forward takes, weights included; None on a CPU.
+        peak_memory: Bytes that a forward takes, weights included; None where it can't be told: on a CPU, and for
+            engines that share a pool with one before them.
     """
 
     engine: str
@@ -107,7 +110,7 @@ def eager_engine(origin: str) -> Engine:
 def compiled_engine(origin: str, mode: str | None = None) -> Engine:
     """torch.compile for one shape; "max-autotune" has CUDA graphs on a GPU."""
     name = f"{origin} compiled" if mode is None else f"{origin} compiled, {mode}"
-    return Engine(name, compiler_of(_converted, mode))
+    return Engine(name, compiler_of(_converted, mode), shares_pool=mode is not None)
 
 
 def compiler_of(build: Callable[[nn.Module, torch.dtype], nn.Module], mode: str | None = None) -> Callable:
@@ -149,7 +152,9 @@ def measure(
         model = plain if engine.plain is None else engine.plain
         if model not in oracles:
             oracles[model] = oracle_of(model, dtype, torch.cat(checked))
-        return prepared(engine, model, dtype, checked, oracles[model])
+        one = prepared(engine, model, dtype, checked, oracles[model])
+        pooled = engine.shares_pool and any(other.engine.shares_pool for other in ready.values())
+        return one._replace(peak_memory=None) if pooled else one
 
     try:
         for engine in engines:
@@ -173,8 +178,8 @@ class Ready(NamedTuple):
     peak_memory: int | None
 
     def measurement(self, timing: Timing) -> Measurement:
-        name, _, _, model, _ = self.engine
-        return Measurement(name, model, self.plain, timing, self.error, self.agreement, self.peak_memory)
+        engine = self.engine
+        return Measurement(engine.name, engine.model, self.plain, timing, self.error, self.agreement, self.peak_memory)
 
 
 def prepared(engine: Engine, plain: nn.Module, dtype: torch.dtype, checked: Sequence[Tensor], oracle: Tensor) -> Ready:

@@ -10,7 +10,7 @@ from helpers import relative_rms, small_model_args
 import swinfast
 from swinfast import engines
 from swinfast.benchmark import PeakMemory, randomise
-from swinfast.engines import Engine, WrongAnswer, eager_engine, measure, swinfast_engine
+from swinfast.engines import Engine, WrongAnswer, compiled_engine, eager_engine, measure, swinfast_engine
 
 CPU = torch.device("cpu")
 
@@ -123,6 +123,17 @@ def test_a_peer_that_fails_is_left_out(plain):
     assert [one.engine for one in comparison.measured] == ["plain eager"]
     assert comparison.left_out == dict.fromkeys(("early", "late"), "OutOfMemoryError: out of memory")
     assert len(calls) == 6  # once it has failed, it is not called again
+
+
+def test_memory_of_a_shared_pool_is_told_once(plain, monkeypatch):
+    class Memory:
+        of = staticmethod(lambda call: 1000)
+
+    monkeypatch.setattr(engines, "PeakMemory", lambda device: Memory)
+    pooled = [eager_engine(name)._replace(shares_pool=True) for name in "ab"]
+    comparison = run(plain, swinfast_engine(), *pooled, eager_engine("c"))
+    assert [one.peak_memory for one in comparison.measured] == [1000, 1000, None, 1000]
+    assert [compiled_engine("d", mode).shares_pool for mode in (None, "max-autotune")] == [False, True]
 
 
 def test_engines_of_another_model_have_their_own_oracle(plain):
