@@ -34,6 +34,8 @@ AGAINST = {
 }
 SIZES = {"cuda": [1, 32, 256], "cpu": [1, 8]}
 DTYPE = {"cuda": ["float16"], "cpu": ["float32"]}
+EXPLAINED = """error: relative RMS against the plain model in float64; top-1: agreement with it
+plain: swinfast's own model in plain PyTorch, written to be read (bench.models compares with timm's)"""
 RANDOM_IMAGES = 8
 MOST_IMAGES = 64  # in one batch, in float64 too
 
@@ -154,8 +156,7 @@ def _table(rows: list[dict]) -> str:
     if not any("peak_memory" in row for row in rows):
         headers, lines = headers[:-1], [line[:-1] for line in lines]
     sides = ["left" if header in ("dtype", "engine") else "right" for header in headers]
-    said = "error: relative RMS against the plain model in float64; top-1: agreement with it"
-    return tabulate(lines, headers=headers, disable_numparse=True, colalign=sides) + f"\n{said}"
+    return tabulate(lines, headers=headers, disable_numparse=True, colalign=sides) + f"\n{EXPLAINED}"
 
 
 def _verify(options: argparse.Namespace) -> int:
