@@ -17,7 +17,7 @@ import torch
 from bench.peers import ENGINES, engines_named, import_timm
 from swinfast.benchmark import describe_device, randomise
 from swinfast.engines import WrongAnswer, measure
-from swinfast.measurements import COLUMNS, DTYPES, append, commit_of_this, row_of, rows_of
+from swinfast.measurements import COLUMNS, DTYPES, append, check_header, commit_of_this, row_of, rows_of
 from swinfast.predict import resolve_device
 from swinfast.torch_linear import has_native_bfloat16
 
@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     device = resolve_device(options.device)
     options = _with_defaults(options, device)
+    check_header(options.output)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     two_passes = device.type == "cuda"  # where tuning the compiled peers takes minutes
     tasks = tasks_in_order(options.models, options.dtypes, options.batch_sizes, options.engines, two_passes)

@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -17,7 +18,7 @@ EQUAL_TO_VIT = ("swinv2_cr_tiny_224", "swinv2_cr_tiny_ns_224")  # 4.66 GMACs, th
 ENGINES = ("swinfast", "eager", "compile", "max-autotune", "sdpa", "sdpa-compile", "vit")
 
 
-def engines_named(keys: list[str], model: str, device: torch.device) -> list[Engine]:
+def engines_named(keys: Sequence[str], model: str, device: torch.device) -> list[Engine]:
     """Engines by their keys, in the order of ENGINES; the ViT only beside models that it equals in GMACs."""
     mode = "max-autotune" if device.type == "cuda" else None
     makers = {

@@ -32,8 +32,8 @@ AGAINST = {
     "compile": lambda: compiled_engine(PLAIN),
     "max-autotune": lambda: compiled_engine(PLAIN, "max-autotune"),
 }
-SIZES = {"cuda": [1, 32, 256], "cpu": [1, 8]}
-DTYPE = {"cuda": ["float16"], "cpu": ["float32"]}
+GPU_DTYPES, GPU_SIZES = ["float16"], [1, 32, 256]
+CPU_DTYPES, CPU_SIZES = ["float32"], [1, 8]
 EXPLAINED = """error: relative RMS against the plain model in float64; top-1: agreement with it
 plain: swinfast's own model in plain PyTorch, written to be read (bench.models compares with timm's)"""
 RANDOM_IMAGES = 8
@@ -91,11 +91,8 @@ def _bench(options: argparse.Namespace) -> int:
     _check_files(options)
     plain = _model(options, device)
     engines = [swinfast_engine(), *(AGAINST[key]() for key in dict.fromkeys(options.against))]
-    runs = [
-        (dtype, batch)
-        for dtype in options.dtypes or DTYPE[device.type]
-        for batch in options.batch_sizes or SIZES[device.type]
-    ]
+    dtypes, sizes = (GPU_DTYPES, GPU_SIZES) if device.type == "cuda" else (CPU_DTYPES, CPU_SIZES)
+    runs = [(dtype, batch) for dtype in options.dtypes or dtypes for batch in options.batch_sizes or sizes]
     print(f"{options.model} on {describe_device(device)}, PyTorch {torch.__version__}")
     rows: list[dict] = []
     left_out: list[dict] = []

@@ -142,7 +142,10 @@ def measure(
 
     Raises:
         WrongAnswer: A verified engine is wrong.
+        ValueError: A device that computes behind the clock's back.
     """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be a CPU or a GPU of CUDA or ROCm, for which there is a clock, got {device}")
     inputs = random_inputs(image_shape(plain), batch, dtype, device)
     checked = inputs[: -(-LEAST_IMAGES // batch)]
     oracles: dict[nn.Module, Tensor] = {}

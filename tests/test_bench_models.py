@@ -78,6 +78,13 @@ def test_out_of_time(bench, capsys):
     assert "out of time, left out: swinv2_cr_tiny_ns_224 float32 batch 1 (eager)" in capsys.readouterr().out
 
 
+def test_a_file_that_does_not_fit_is_refused_before_anything_is_measured(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "measure", lambda *args: pytest.fail("measured"))
+    (tmp_path / "rows.csv").write_text("a,b\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows\.csv is no table to add to"):
+        bench()
+
+
 @pytest.mark.parametrize("wrong", ["0", "-1", "x"])
 def test_batch_sizes_are_positive(bench, wrong):
     with pytest.raises(SystemExit) as stop:

@@ -60,6 +60,15 @@ def test_errors_are_against_float64_over_at_least_eight_images(plain, batch, mon
     assert one.error == pytest.approx(error, rel=0.05)
 
 
+def test_the_oracle_has_the_rounded_weights_and_images(plain):
+    def exact(plain, dtype):
+        model = copy.deepcopy(plain).to(dtype).double()
+        return lambda images: model(images.double())
+
+    (one,) = run(plain, Engine("exact", exact), dtype=torch.bfloat16).measured
+    assert one.error < 1e-12
+
+
 def test_agreement_is_with_the_oracle(plain):
     def build(plain, dtype):
         def forward(images):
@@ -134,6 +143,11 @@ def test_memory_of_a_shared_pool_is_told_once(plain, monkeypatch):
     comparison = run(plain, swinfast_engine(), *pooled, eager_engine("c"))
     assert [one.peak_memory for one in comparison.measured] == [1000, 1000, None, 1000]
     assert [compiled_engine("d", mode).shares_pool for mode in (None, "max-autotune")] == [False, True]
+
+
+def test_a_device_without_a_clock_is_refused(plain):
+    with pytest.raises(ValueError, match=r"device must be a CPU or a GPU of CUDA or ROCm, .* got meta"):
+        measure(plain, [eager_engine("plain")], torch.float32, 1, torch.device("meta"))
 
 
 def test_engines_of_another_model_have_their_own_oracle(plain):
