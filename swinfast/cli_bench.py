@@ -222,7 +222,7 @@ def _said(value: Any) -> str:
 def _check_files(options: argparse.Namespace) -> None:
     """Complain about what can't be written before anything is measured."""
     if options.plot:
-        plots.require_matplotlib()
+        plots.check_file(options.plot)
     for file in filter(None, (options.json, options.csv, options.plot)):
         if not file.parent.is_dir():
             raise ValueError(f"there is no folder {file.parent} for {file.name}")

@@ -27,6 +27,16 @@ def require_matplotlib() -> None:
         raise RuntimeError("plots need matplotlib: pip install 'swinfast[bench]'")
 
 
+def check_file(path: Path) -> None:
+    """Refuse a file of a kind that can't be drawn (ValueError), or any where matplotlib is missing (RuntimeError)."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds:
+        raise ValueError(f"a plot must end in one of {', '.join(f'.{kind}' for kind in sorted(kinds))}, got {path}")
+
+
 def throughput(rows: Iterable[Row], path: Path) -> None:
     """Images per second against the batch size: a panel for each dtype, a line for each engine, of one device."""
     rows = list(rows)

@@ -156,6 +156,7 @@ def test_unusable(bench, capsys, tmp_path, monkeypatch):
     for arguments, said in (
         (["--csv", tmp_path / "old.csv"], "old.csv is no table to add to"),
         (["--json", tmp_path / "none/r.json"], f"there is no folder {tmp_path / 'none'} for r.json"),
+        (["--plot", tmp_path / "p.xyz"], "a plot must end in one of "),
         (["--device", "tpu"], "tpu"),
         (["--checkpoint", tmp_path / "none.safetensors"], "none.safetensors"),
     ):
