@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import subprocess
 from collections.abc import Mapping
-from datetime import date
+from datetime import date, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -34,11 +34,15 @@ COLUMNS = (
 def rows_of(
     comparison: Comparison, name: str, dtype: torch.dtype, batch: int, device: torch.device, rounds: int
 ) -> list[dict]:
-    """A row for each engine that was measured; name is the model's, of engines with no model of their own."""
-    rows = []
+    """A row for each engine that was measured; name is the model's, of engines with no model of their own.
+
+    All have the same date and time of day, by which rows of one run are known.
+    """
+    rows, now = [], datetime.now().isoformat(timespec="seconds")
     for one in comparison.measured:
         row = row_of(one.plain, one.model or name, dtype, batch, device, one.timing)
-        row |= {"engine": one.engine, "rel_error": f"{one.error:.2e}", "rounds": rounds, "commit": commit_of_this()}
+        row |= {"engine": one.engine, "rel_error": f"{one.error:.2e}", "rounds": rounds, "date": now}
+        row["commit"] = commit_of_this()
         if one.agreement is not None:
             row["top1_agreement"] = round(one.agreement, 4)
         if one.peak_memory is not None:

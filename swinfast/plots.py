@@ -109,7 +109,7 @@ def title_of(rows: Sequence[Row]) -> str:
     versions = [f"PyTorch {row['torch']}"]
     if row["driver"]:  # an NVIDIA GPU
         versions += [f"Triton {row['triton']}", f"driver {row['driver']}"]
-    return f"{row['model']} on {row['device']}\n{', '.join([*versions, row['date']])}"
+    return f"{row['model']} on {row['device']}\n{', '.join([*versions, row['date'][:10]])}"
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, dict[str, str]]:

@@ -57,6 +57,8 @@ def test_a_row(plain):
         "rel_error": "1.23e-06", "top1_agreement": 0.8765, "peak_memory": 123.5,
     }  # fmt: skip
     assert {key: row[key] for key in expected} == expected
+    assert row["date"] == second["date"]
+    assert len(row["date"]) == len("2026-01-31T12:00:00")  # by which runs of one day are told apart
     assert row["infer_gmacs"] == round(counts(plain, (3, 64, 32)).gmacs, 2)
     assert (second["model"], second["infer_samples_per_sec"]) == ("other", 4000.0)
     assert not {"top1_agreement", "peak_memory"} & set(second)
