@@ -1,122 +1,159 @@
-"""Whole models: timm eager against swinfast, interleaved. `python -m bench.models --help`.
+"""Whole models: swinfast beside timm's, as it is and compiled, interleaved. `python -m bench.models --help`.
 
-Appends a row for each measurement to a csv under bench/results. A speed is written only beside its error: a model
-whose answers fail swinfast.verify is not timed.
+Appends a row for each engine, model, dtype and batch size to a csv under bench/results as soon as it is measured, with
+the error of its answers. A wrong answer has no speed: swinfast must pass swinfast.verify (exit status 1 if it does
+not), a peer whose answers are far off is left out, and so is one that fails; each is named with the reason.
 """
 
 import argparse
-import copy
-import csv
-import subprocess
-from datetime import date
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
-import swinfast
-from bench.peers import import_timm
-from swinfast.benchmark import Timing, compare, describe_device, randomise
+from bench.peers import ENGINES, engines_named, import_timm
+from swinfast.benchmark import describe_device, randomise
+from swinfast.engines import WrongAnswer, measure
+from swinfast.measurements import COLUMNS, DTYPES, append, check_header, commit_of_this, row_of, rows_of
 from swinfast.predict import resolve_device
+from swinfast.torch_linear import has_native_bfloat16
+
+__all__ = ["COLUMNS", "DTYPES", "RESULTS", "append", "commit_of_this", "main", "row_of"]
 
 RESULTS = Path(__file__).parent / "results"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COLUMNS = (
-    "model", "infer_img_size", "infer_batch_size", "infer_samples_per_sec", "infer_step_time", "infer_step_time_p95",
-    "param_count", "engine", "dtype", "device", "rel_error", "top1_agreement", "rounds", "torch", "commit", "date",
-    "source",
-)  # fmt: skip
+CORE_ENGINES = ("swinfast", "eager", "compile")
+CORE_SIZES = (256, 1, 32)
 
 
-def main() -> None:
-    options = _parser().parse_args()
-    timm, commit = import_timm(), commit_of_this()
-    device = resolve_device(options.device)
-    for name in options.models:
-        plain = randomise(timm.create_model(name)).eval().to(device)
-        for dtype in options.dtypes:
-            for batch in options.batch_sizes:
-                for row in measure(plain, name, DTYPES[dtype], batch, device, options.rounds):
-                    append(options.output, row | {"commit": commit})
-                    print(
-                        f"{name} {dtype} batch {batch} {row['engine']}: {row['infer_samples_per_sec']} img/s, "
-                        f"{row['infer_step_time']} ms, relative error {row['rel_error']}",
-                        flush=True,
-                    )
+class Defaults(NamedTuple):
+    """What is measured where nothing else is asked for, the most valuable first."""
+
+    dtypes: tuple[str, ...]
+    batch_sizes: tuple[int, ...]
+    engines: tuple[str, ...]
+    rounds: int
+    minutes: float | None
 
 
-def measure(
-    plain: nn.Module, name: str, dtype: torch.dtype, batch: int, device: torch.device, rounds: int
-) -> list[dict]:
-    """Rows of timm eager and swinfast for one model, dtype and batch size, from one interleaved run.
+GPU = Defaults(("float16", "bfloat16", "float32"), (256, 1, 32, 8, 128), ENGINES, 15, None)
+CPU = Defaults(("float32", "bfloat16"), (1, 8, 32), (*CORE_ENGINES, "sdpa", "vit"), 7, 8.0)
 
-    Args:
-        plain: The model in float32, with random weights that matter.
+
+class Task(NamedTuple):
+    """One interleaved run."""
+
+    model: str
+    dtype: str
+    batch: int
+    engines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.dtype} batch {self.batch} ({', '.join(self.engines)})"
+
+
+def tasks_in_order(
+    models: Sequence[str], dtypes: Sequence[str], sizes: Sequence[int], engines: Sequence[str], two_passes: bool
+) -> list[Task]:
+    """All runs, the most valuable first: by model, the core batch sizes before the others, by dtype.
+
+    With two passes each dtype's sizes are measured with the core engines first, so that these are done if time runs
+    out, and once more with all of them, since only engines of one run compare.
     """
-    fast = swinfast.optimize(plain, dtype=dtype)
-    outcome = swinfast.verify(plain, fast, torch.randn(2, 3, *plain.img_size, device=device))
-    if not outcome.passed:
-        raise RuntimeError(f"{name} in {dtype} is wrong, so its speed means nothing: {outcome}")
-    eager = copy.deepcopy(plain).to(dtype)
-    images = torch.randn(batch, 3, *plain.img_size, device=device, dtype=dtype)
-    timings = compare({"timm eager": lambda: eager(images), "swinfast": lambda: fast(images)}, rounds, device=device)
-    errors = {"timm eager": outcome.plain, "swinfast": outcome.fast}
-    shared = {"top1_agreement": outcome.top1_agreement, "rounds": rounds}
+    core = tuple(key for key in engines if key in CORE_ENGINES)
+    passes = [core, tuple(engines)] if two_passes and core and len(core) < len(engines) else [tuple(engines)]
+    sizes = sorted(sizes, key=lambda size: CORE_SIZES.index(size) if size in CORE_SIZES else len(CORE_SIZES))
+    groups = ([size for size in sizes if size in CORE_SIZES], [size for size in sizes if size not in CORE_SIZES])
     return [
-        row_of(plain, name, dtype, batch, device, timing)
-        | shared
-        | {"engine": engine, "rel_error": f"{errors[engine].relative_rms:.2e}"}
-        for engine, timing in timings.items()
+        Task(model, dtype, size, chosen)
+        for model in models
+        for group in groups
+        for dtype in dtypes
+        for chosen in passes
+        for size in group
     ]
 
 
-def row_of(plain: nn.Module, name: str, dtype: torch.dtype, batch: int, device: torch.device, timing: Timing) -> dict:
-    """What a row says whatever the engine is."""
-    return {
-        "model": name,
-        "infer_img_size": plain.img_size[0],
-        "infer_batch_size": batch,
-        "infer_samples_per_sec": round(batch / timing.median, 2),
-        "infer_step_time": round(1e3 * timing.median, 2),
-        "infer_step_time_p95": round(1e3 * timing.p95, 2),
-        "param_count": round(sum(p.numel() for p in plain.parameters()) / 1e6, 2),
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": describe_device(device),
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "source": "measured",
-    }
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    device = resolve_device(options.device)
+    options = _with_defaults(options, device)
+    check_header(options.output)
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    two_passes = device.type == "cuda"  # where tuning the compiled peers takes minutes
+    tasks = tasks_in_order(options.models, options.dtypes, options.batch_sizes, options.engines, two_passes)
+    print(f"{describe_device(device)}, PyTorch {torch.__version__}, {commit_of_this()}; {len(tasks)} runs", flush=True)
+    failed, model = False, None
+    for number, task in enumerate(tasks):
+        if deadline is not None and time.monotonic() > deadline:
+            print(f"out of time, left out: {'; '.join(map(str, tasks[number:]))}")
+            break
+        if model is None or model[0] != task.model:
+            model = None  # before the next is made
+            model = task.model, randomise(import_timm().create_model(task.model)).eval().to(device)
+        for line in run(task, model[1], device, options.rounds, options.output):
+            failed |= line.startswith("swinfast: ")
+            print(f"{task.model} {task.dtype} batch {task.batch}, {line}", flush=True)
+    return int(failed)
 
 
-def append(path: Path, row: dict) -> None:
-    """Add a row to a csv file, with a header where the file is new."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+def run(task: Task, plain: torch.nn.Module, device: torch.device, rounds: int, output: Path) -> Iterator[str]:
+    """Measure and write one task; a line for each engine, "NAME: …" for one that is left out."""
+    dtype, engines = DTYPES[task.dtype], engines_named(task.engines, task.model, device)
+    try:
+        comparison = measure(plain, engines, dtype, task.batch, device, rounds)
+    except WrongAnswer as error:
+        yield f"swinfast: {error}"
+        return
+    for row in rows_of(comparison, task.model, dtype, task.batch, device, rounds):
+        append(output, row)
+        name = row["engine"] if row["model"] == task.model else f"{row['model']} {row['engine']}"
+        memory = f", {row['peak_memory']} MB" if "peak_memory" in row else ""
+        yield (
+            f"{name}, {row['infer_samples_per_sec']} images/s, {row['infer_step_time']} ms (p95 "
+            f"{row['infer_step_time_p95']}), error {row['rel_error']}, top-1 {row['top1_agreement']:.1%}{memory}"
+        )
+    for name, reason in comparison.left_out.items():
+        yield f"{name}: left out: {reason}"
 
 
-def commit_of_this() -> str:
-    """The commit that was measured, marked where files differ from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, cwd=RESULTS.parent
-    )
-    return described.stdout.strip() or "unknown"
+def _with_defaults(options: argparse.Namespace, device: torch.device) -> argparse.Namespace:
+    defaults = GPU if device.type == "cuda" else CPU
+    if device.type == "cpu" and not has_native_bfloat16():
+        defaults = defaults._replace(dtypes=("float32",))  # emulated, an eager model would take all of the time
+    for name in Defaults._fields:
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(defaults, name))
+    if options.output is None:
+        options.output = RESULTS / f"{device.type.replace('cuda', 'gpu')}.csv"
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["swinv2_cr_tiny_ns_224"])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=7, help="timed calls of each (default: %(default)s)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path, default=RESULTS / "cpu.csv")
+    add = parser.add_argument
+    add("--models", nargs="+", default=["swinv2_cr_tiny_ns_224"], help="timm's names (default: %(default)s)")
+    add("--dtypes", nargs="+", choices=DTYPES, help=f"default: {' '.join(GPU.dtypes)}; CPU: {' '.join(CPU.dtypes)}")
+    sizes = " or ".join(" ".join(map(str, defaults.batch_sizes)) for defaults in (GPU, CPU))
+    add("--batch-sizes", nargs="+", type=_positive, metavar="N", help=f"default: {sizes} on a CPU")
+    add("--engines", nargs="+", choices=ENGINES, help=f"default: all; CPU: {' '.join(CPU.engines)}")
+    rounds = f"default: {GPU.rounds}; CPU: {CPU.rounds}"
+    add("--rounds", type=_positive, metavar="N", help=f"turns of each engine, each of many calls on a GPU ({rounds})")
+    minutes = f"begin no run later than this (default: no limit; CPU: {CPU.minutes:.0f})"
+    add("--minutes", type=float, metavar="N", help=minutes)
+    add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
+    add("--output", type=Path, metavar="FILE", help="default: bench/results/gpu.csv or cpu.csv")
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,66 +1,93 @@
-"""Write the tables of results into README.md and docs/ from bench/results. `--check` only compares."""
+"""Write the tables of results into README.md and docs/ from bench/results. `--check` only compares.
 
-import csv
+A region of a document between two comments is made anew: `<!-- results NAME … -->` to `<!-- end of results -->`.
+"""
+
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from tabulate import tabulate
+from bench.tables import MAIN_MODEL, details, kernels, latest_runs, read, slug, speeds
 
 ROOT = Path(__file__).parents[1]
-START, END = "<!-- results: written by python -m bench.readme -->", "<!-- end of results -->"
-TABLES = {"README.md": "peers_cpu", "docs/benchmarks.md": "cpu"}  # document: result file, written by bench.<its name>
-COMMANDS = {"peers_cpu": "bench.peers_cpu", "cpu": "bench.models"}
-Row = dict[str, str]
+DOCUMENTS = ("README.md", "docs/benchmarks.md")
+REGION = re.compile(r"(<!-- results (\w+): written by python -m bench\.readme -->\n).*?(<!-- end of results -->)", re.S)
+NO_GPU = "No GPU has been measured yet."
 
 
 def main() -> int:
     differs = False
-    for document, results in TABLES.items():
+    for document in DOCUMENTS:
         path = ROOT / document
         text = path.read_text(encoding="utf-8")
-        written = with_results(text, latest(ROOT / f"bench/results/{results}.csv"), COMMANDS[results])
+        written = with_results(text)
         differs |= written != text
         if "--check" not in sys.argv:
             path.write_text(written, encoding="utf-8")
     return int(differs and "--check" in sys.argv)
 
 
-def latest(path: Path) -> list[Row]:
-    """The rows of a result file; of a repeated measurement the last."""
-    with path.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    keys = ("model", "dtype", "infer_batch_size", "engine", "device")
-    return list({tuple(row[key] for key in keys): row for row in rows}.values())
+def with_results(text: str) -> str:
+    """A document with its regions made anew.
+
+    Raises:
+        KeyError: A region of another name than those in REGIONS.
+    """
+    return REGION.sub(lambda match: f"{match[1]}{REGIONS[match[2]]()}\n{match[3]}", text)
 
 
-def with_results(text: str, rows: list[Row], command: str) -> str:
-    """A document with its tables made anew, one for each device."""
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    devices = dict.fromkeys(row["device"] for row in rows)
-    tables = "\n\n".join(table([row for row in rows if row["device"] == device], command) for device in devices)
-    return f"{before}{START}\n{tables}\n{END}{after}"
+def summary() -> str:
+    """The main model: on GPUs where they were measured, and on the CPU with the most peers."""
+    gpu = _tables("gpu*.csv", "bench.models", only=MAIN_MODEL, sizes=(1, 32, 256))
+    cpu = _tables("peers_cpu*.csv", "bench.peers_cpu", only=MAIN_MODEL)
+    return "\n\n".join([*gpu, *cpu])
 
 
-def table(rows: list[Row], command: str) -> str:
-    """Images per second of each engine, for each model, dtype and batch size on one device."""
-    engines = dict.fromkeys(row["engine"] for row in rows)
-    groups: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        groups.setdefault((row["model"], row["dtype"], int(row["infer_batch_size"])), {})[row["engine"]] = row
-    lines = []
-    for (model, dtype, batch), found in groups.items():
-        speeds = [found[engine]["infer_samples_per_sec"] if engine in found else "–" for engine in engines]
-        plain, fast = found["timm eager"], found["swinfast"]
-        ratio = float(fast["infer_samples_per_sec"]) / float(plain["infer_samples_per_sec"])
-        errors = f"{fast['rel_error']} / {plain['rel_error']}"
-        lines.append((f"`{model}`", dtype, batch, *speeds, f"{ratio:.2f}×", errors))
-    headers = ("model", "dtype", "batch", *engines, "swinfast / eager", "error: ours / timm's")
-    source = (
-        f"Images/s on {rows[0]['device']}, PyTorch {rows[0]['torch']}: medians of one interleaved run each "
-        f"(`python -m {command}`). Error: relative RMS against the same model in float64."
-    )
-    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True) + f"\n\n{source}"
+def gpu() -> str:
+    return "\n\n".join(_tables("gpu*.csv", "bench.models", full=True)) or NO_GPU
+
+
+def cpu() -> str:
+    return "\n\n".join(_tables("cpu*.csv", "bench.models", full=True))
+
+
+def peers() -> str:
+    return "\n\n".join(_tables("peers_cpu*.csv", "bench.peers_cpu", full=True))
+
+
+def kernel_times() -> str:
+    rows = read("kernels_*.csv")
+    parts = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        mine = [row for row in rows if row["device"] == device]
+        parts += [f"On {device}:", kernels(mine), *_images("kernels", device)]
+    return "\n\n".join(parts) or NO_GPU
+
+
+REGIONS: dict[str, Callable[[], str]] = {
+    "summary": summary, "gpu": gpu, "cpu": cpu, "peers": peers, "kernels": kernel_times
+}  # fmt: skip
+
+
+def _tables(
+    pattern: str, command: str, *, only: str = "", sizes: tuple[int, ...] = (), full: bool = False
+) -> list[str]:
+    """A table for each device; in full with the plots that there are and with all that was measured."""
+    runs = [run for run in latest_runs(read(pattern)) if only in ("", run.model) and (not sizes or run.batch in sizes)]
+    tables = []
+    for device in dict.fromkeys(run.device for run in runs):
+        chosen = [run for run in runs if run.device == device]
+        tables.append(speeds(chosen, command))
+        if full:
+            prefix = "peers_" if command == "bench.peers_cpu" else ""
+            tables += [*_images(f"{prefix}throughput", device), *_images(f"{prefix}speedup", device), details(chosen)]
+    return tables
+
+
+def _images(kind: str, device: str) -> list[str]:
+    name = f"{kind}_{slug(device)}.png"
+    return [f"![{kind.replace('_', ' ')}]({name})"] if (ROOT / "docs" / name).exists() else []
 
 
 if __name__ == "__main__":

@@ -46,8 +46,9 @@ def window_masks(window_size: tuple[int, int], shift_size: tuple[int, int], devi
     split_columns = torch.arange(window_size[1], device=device) >= window_size[1] - shift_size[1]
     row_side = split_rows[:, None].expand(window_size).flatten()
     column_side = split_columns[None, :].expand(window_size).flatten()
-    across_rows = row_side[:, None] != row_side[None, :]
-    across_columns = column_side[:, None] != column_side[None, :]
+    # ^, not !=, which torch.compile can't generate C++ for between booleans (PyTorch 2.13)
+    across_rows = row_side[:, None] ^ row_side[None, :]
+    across_columns = column_side[:, None] ^ column_side[None, :]
     return torch.stack([torch.zeros_like(across_rows), across_rows, across_columns, across_rows | across_columns])
 
 

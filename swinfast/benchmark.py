@@ -1,5 +1,6 @@
 """Fair timing: candidates take turns in one run, so that a machine whose speed drifts slows all of them alike."""
 
+import gc
 import itertools
 import math
 import os
@@ -88,6 +89,37 @@ def cache_size(device: torch.device) -> int:
     file = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     text = file.read_text(encoding="utf-8").strip() if file.exists() else ""
     return int(text[:-1]) << 10 if text.endswith("K") and text[:-1].isdigit() else 32 << 20
+
+
+class PeakMemory:
+    """The memory of a GPU that something takes, from when this is made; None everywhere on other devices."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            self._settle()
+            self.allocated, self.reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+
+    def of(self, call: Callable[[], object]) -> int | None:
+        """Bytes at the highest point of a call, all that is kept since the beginning included.
+
+        A captured graph keeps memory that counts as free between its tensors: where the allocator holds more than was
+        ever in use, that is the figure.
+        """
+        if self.device.type != "cuda":
+            return None
+        self._settle()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        call()
+        self._settle()
+        used = torch.cuda.max_memory_allocated(self.device) - self.allocated
+        held = torch.cuda.memory_reserved(self.device) - self.reserved
+        return max(used, held)
+
+    def _settle(self) -> None:
+        torch.cuda.synchronize(self.device)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def describe_device(device: torch.device) -> str:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__, cli_predict
+from . import __version__, cli_bench, cli_predict
 from .exit_codes import INTERRUPTED, UNUSABLE
 
 
@@ -25,4 +25,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"swinfast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     cli_predict.add_commands(commands)
+    cli_bench.add_commands(commands)
     return parser

@@ -1,3 +1,3 @@
-"""What a command returns: done, done but for some images, unusable, interrupted."""
+"""What a command returns: done; done but for some images or engines, or verified and failed; unusable; interrupted."""
 
 OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130

@@ -1,8 +1,5 @@
 """Timing takes turns, and what is shown of results is what was measured."""
 
-import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +8,8 @@ from helpers import small_model_args
 from torch.utils.flop_counter import FlopCounterMode
 
 import swinfast
-from bench import models, peers_cpu, readme
-from swinfast.benchmark import Timing, compare, randomise
+from bench import peers_cpu
+from swinfast.benchmark import Timing, cache_size, compare, copies_beyond_cache, randomise, rotating
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,48 +27,20 @@ def test_timing_of_known_seconds():
     assert timing == Timing(median=2.0, p95=3.0)
 
 
-def test_a_measurement_has_a_speed_and_an_error_for_each_engine(tmp_path):
-    model = randomise(swinfast.create_model("swinv2_cr_tiny_224", **small_model_args())).eval()
-    rows = models.measure(model, "small", torch.float32, 2, torch.device("cpu"), rounds=2)
-    for row in rows:
-        models.append(tmp_path / "new/results.csv", row)
-    with (tmp_path / "new/results.csv").open(newline="") as stream:
-        written = list(csv.DictReader(stream))
-    assert [row["engine"] for row in written] == ["timm eager", "swinfast"]
-    for row in written:
-        assert list(row) == list(models.COLUMNS)
-        assert float(row["infer_samples_per_sec"]) == pytest.approx(2e3 / float(row["infer_step_time"]), rel=0.05)
-        assert 0 < float(row["rel_error"]) < 1e-4
-        assert row["torch"] == torch.__version__
+def test_inputs_rotate():
+    seen = []
+    call = rotating(seen.append, [(1,), (2,), (3,)])
+    for _ in range(4):
+        call()
+    assert seen == [1, 2, 3, 1]
 
 
-def test_no_speed_for_a_wrong_answer(monkeypatch):
-    model = randomise(swinfast.create_model("swinv2_cr_tiny_224", **small_model_args())).eval()
-    optimise = swinfast.optimize
-
-    def wrong(*arguments, **keywords):
-        fast = optimise(*arguments, **keywords)
-        with torch.no_grad():
-            fast.stages[1].blocks[0].norm2.weight.mul_(1.01)
-        return fast
-
-    monkeypatch.setattr(swinfast, "optimize", wrong)
-    with pytest.raises(RuntimeError, match="is wrong, so its speed means nothing"):
-        models.measure(model, "small", torch.float32, 2, torch.device("cpu"), rounds=1)
-
-
-def test_readme_shows_the_result_file():
-    done = subprocess.run([sys.executable, "-m", "bench.readme", "--check"], cwd=ROOT)
-    assert done.returncode == 0, "run python -m bench.readme"
-
-
-def test_readme_table_keeps_the_last_of_a_repeated_measurement(tmp_path):
-    row = dict.fromkeys(models.COLUMNS, "x") | {"infer_batch_size": "8", "dtype": "float32", "device": "d"}
-    for speed, engine in (("1", "timm eager"), ("9", "swinfast"), ("2", "timm eager"), ("5", "swinfast")):
-        models.append(tmp_path / "r.csv", row | {"infer_samples_per_sec": speed, "engine": engine})
-    table = readme.table(readme.latest(tmp_path / "r.csv"), "bench.models")
-    (line,) = [line for line in table.splitlines() if "float32 |" in line]
-    assert "2.50×" in line
+def test_copies_are_larger_than_the_cache():
+    device = torch.device("cpu")
+    size = cache_size(device)
+    assert size >= 1 << 20
+    assert copies_beyond_cache(size // 10, device) * (size // 10) >= 2 * size - 10
+    assert copies_beyond_cache(100 * size, device) == 2
 
 
 def test_peers_on_a_cpu(timm, monkeypatch):

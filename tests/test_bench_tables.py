@@ -1,0 +1,211 @@
+"""What is shown of results is what was measured: tables, documents, plots."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bench import plot, readme, tables
+from bench.tables import FLOOR, MAIN_MODEL, latest_runs
+from swinfast import plots
+from swinfast.measurements import COLUMNS, append
+
+ROOT = Path(__file__).parents[1]
+
+
+def row(engine="swinfast", speed=10.0, batch=8, **cells) -> dict[str, str]:
+    found = {"model": MAIN_MODEL, "dtype": "float32", "device": "Device X", "torch": "2.13", "date": "2026-01-01"}
+    found |= {"engine": engine, "infer_samples_per_sec": str(speed), "infer_batch_size": str(batch)}
+    found |= {
+        "infer_step_time": "1.5",
+        "infer_step_time_p95": "2.5",
+        "rel_error": "1.00e-06",
+        "top1_agreement": "0.875",
+    }
+    return dict.fromkeys(COLUMNS, "") | found | cells
+
+
+def line_of(table: str, *words: str) -> list[str]:
+    (line,) = [
+        line for line in table.splitlines() if line.startswith("|") and all(f" {word} " in line for word in words)
+    ]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_documents_show_the_result_files():
+    done = subprocess.run([sys.executable, "-m", "bench.readme", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run python -m bench.readme"
+
+
+def test_the_last_run_counts_and_runs_do_not_mix():
+    rows = [row("timm eager", 1), row("swinfast", 9), row("timm compiled", 7), row("swinfast", 5), row("timm eager", 2)]
+    (run,) = latest_runs(rows)
+    assert list(run.rows) == ["swinfast", "timm eager"]
+    assert line_of(tables.speeds([run], "bench.models"), "float32")[-3:-1] == ["2.50×", "2.50×"]
+
+
+@pytest.mark.parametrize("cell", ["dtype", "infer_batch_size", "device", "commit", "date"])
+def test_what_differs_is_another_run(cell):
+    rows = [row("timm eager", 1), row("swinfast", 9, **{cell: "16"})]
+    runs = latest_runs(rows)
+    assert all(len(run.rows) == 1 for run in runs)
+    assert len(runs) == (1 if cell in ("commit", "date") else 2)
+
+
+def test_runs_are_sorted():
+    rows = [row(batch=256), row(batch=1), row(batch=32, dtype="float16"), row(batch=8)]
+    assert [(run.dtype, run.batch) for run in latest_runs(rows)] == [
+        *(("float32", size) for size in (1, 8, 256)),
+        ("float16", 32),
+    ]
+
+
+def test_speeds_beside_each_other():
+    vit = row("timm compiled", 40, model="vit_small_patch16_224", rel_error="9.99e-01")
+    rows = [row("timm eager", 4.321), row(speed=1234.5), vit, row("OpenVINO", 2469), row(FLOOR, 5000, rel_error="")]
+    table = tables.speeds(latest_runs([*rows, row(batch=32, speed=7)]), "bench.models")
+    header = [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")]
+    assert header[:7] == ["dtype", "batch", "swinfast", "timm eager", "ViT-S/16, compiled", "OpenVINO", FLOOR]
+    cells = line_of(table, "8")
+    assert cells[2:7] == ["1,234", "4.32", "40.0", "2,469", "5,000"]
+    assert cells[7:] == ["285.70×", "0.50×", "1.00e-06 / 1.00e-06"]  # neither the ViT nor the floor is an other
+    assert line_of(table, "32")[2:] == ["7.00", "–", "–", "–", "–", "–", "–", "1.00e-06 / –"]
+    assert "on Device X, PyTorch 2.13: medians" in table
+
+
+def test_several_models_are_named():
+    table = tables.speeds(latest_runs([row(), row(model="other", speed=3)]), "bench.models")
+    assert line_of(table, "`other`")[:4] == ["`other`", "float32", "8", "3.00"]
+
+
+def test_details():
+    rows = [row("timm eager", 4), row(speed=10, peak_memory="12.5"), row(FLOOR, 20, rel_error="", top1_agreement="")]
+    table = tables.details(latest_runs(rows))
+    assert line_of(table, "swinfast")[3:] == ["swinfast", "1.5", "2.5", "2.50×", "1.00e-06", "87.5%", "12.5"]
+    assert line_of(table, *FLOOR.split()[:2])[6:] == ["5.00×", "–", "–", "–"]
+
+
+def test_regions_are_made_anew(monkeypatch):
+    monkeypatch.setitem(readme.REGIONS, "cpu", lambda: "new")
+    start, end = "<!-- results cpu: written by python -m bench.readme -->", "<!-- end of results -->"
+    assert readme.with_results(f"a\n{start}\nold\n{end}\nb") == f"a\n{start}\nnew\n{end}\nb"
+    with pytest.raises(KeyError):
+        readme.with_results(f"{start.replace('cpu', 'tpu')}\n{end}")
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_without_a_gpu_the_documents_say_so(results):
+    assert readme.gpu() == readme.kernel_times() == "No GPU has been measured yet."
+    assert readme.summary() == ""
+
+
+def test_a_gpu_file_makes_a_table(results):
+    append(results / "gpu_x.csv", row(batch=32, driver="570", triton="3.6"))
+    append(results / "gpu_x.csv", row(batch=64, driver="570", triton="3.6"))
+    append(results / "peers_cpu.csv", row(device="CPU Y"))
+    assert readme.summary().index("Device X") < readme.summary().index("CPU Y")
+    assert "| 32 " in readme.summary() and "| 64 " not in readme.summary()
+    assert "| 64 " in readme.gpu() and "Triton 3.6, driver 570" in readme.gpu()
+    kernel = {"kernel": "mlp_block", "shape": "C96", "dtype": "float16", "device": "Device X", "time_us": "12"}
+    (results / "kernels_x.csv").write_text(",".join(kernel) + "\n" + ",".join(kernel.values()) + "\n", encoding="utf-8")
+    assert line_of(readme.kernel_times(), "mlp_block") == ["mlp_block", "C96", "float16", "12", "–", "–", "–"]
+
+
+def test_pictures_of_models(tmp_path):
+    rows = [row("timm eager", 4), row(speed=10), row("timm eager", 2, batch=1), row(FLOOR, 99, batch=1)]
+    files = plot.draw_models(rows, tmp_path, "peers_")
+    assert [file.name for file in files] == ["peers_throughput_device_x.png", "peers_speedup_device_x.png"]
+    for file in files:
+        assert file.stat().st_size < 100_000
+        with Image.open(file) as image:
+            assert image.width > 600
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved."""
+    figures = []
+    monkeypatch.setattr(plots, "finish", lambda figure, panels, path: figures.append(panels))
+    monkeypatch.setattr(plot, "finish", plots.finish)
+    return figures
+
+
+def test_bars_are_ratios_of_one_batch_size(drawn, tmp_path):
+    rows = [
+        row("timm eager", 4),
+        row(speed=10),
+        row("timm eager", 2, batch=1),
+        row(speed=3, batch=32, dtype="bfloat16"),
+    ]
+    plots.speed_ups(rows, tmp_path / "p.png", base="timm eager")
+    ((first, second),) = drawn
+    (bar,) = first.patches
+    assert bar.get_height() == 2.5
+    assert bar.get_x() + bar.get_width() / 2 == pytest.approx(1)  # of the sizes 1, 8, 32
+    assert not second.patches  # nothing to compare with
+
+
+def test_lines_are_speeds(drawn, tmp_path):
+    plots.throughput([row(speed=10), row(speed=3, batch=1), row("timm eager", 4)], tmp_path / "p.png")
+    ((panel,),) = drawn
+    ours, eager = panel.get_lines()
+    assert (list(ours.get_xdata()), list(ours.get_ydata())) == ([1, 8], [3, 10])
+    assert (ours.get_label(), eager.get_label()) == ("swinfast", "timm eager")
+    assert ours.get_color() != eager.get_color() and ours.get_marker() != eager.get_marker()
+
+
+def kernel(name="linear", rate="100", intensity="50", dtype="float16", shape="a") -> dict[str, str]:
+    cells = {"kernel": name, "shape": shape, "dtype": dtype, "device": "NVIDIA H100 80GB HBM3"}
+    return cells | {"tflop_per_s": rate, "intensity": intensity}
+
+
+def test_kernels_below_their_ceilings(drawn, tmp_path):
+    rows = [kernel(rate="1"), kernel(), kernel("norm", rate="0"), kernel("mlp", dtype="float32", intensity="1000")]
+    plot.draw_kernels(rows, tmp_path / "k.png")
+    ((half, single),) = drawn
+    shown = [tuple(point) for dots in half.collections for point in dots.get_offsets().tolist()]
+    assert shown == [(50.0, 100.0)]  # the last of a repeated one, and none without products
+    (line,) = half.get_lines()
+    assert list(line.get_ydata())[:1] == pytest.approx([25 * 3.35])
+    assert max(line.get_ydata()) == pytest.approx(989.4)
+    assert max(single.get_lines()[0].get_ydata()) == pytest.approx(66.9)
+
+
+def test_kernels_of_an_unknown_device(tmp_path):
+    plot.draw_kernels([kernel() | {"device": "GPU Y"}], tmp_path / "k.png")
+    assert (tmp_path / "k.png").stat().st_size < 100_000
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA A100-SXM4-80GB", "A100 SXM 80 GB"),
+        ("NVIDIA GeForce RTX 4090", "GeForce RTX 4090"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA A100-SXM4-40GB", None),
+    ],
+)
+def test_gpus_are_known_by_their_names(device, name):
+    found = plot.gpu_named(device)
+    assert (found and found.name) == name
+
+
+def test_the_script_draws_what_there_is(results, tmp_path, capsys):
+    append(results / "cpu.csv", row("timm eager", 4))
+    append(results / "cpu.csv", row())
+    assert plot.main(["--output", str(tmp_path / "new")]) == 0
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == [
+        "speedup_device_x.png",
+        "throughput_device_x.png",
+    ]
+    assert "throughput_device_x.png" in capsys.readouterr().out
