@@ -5,6 +5,8 @@ configs/default.json covers what an architecture's own table does not. Each row 
 """
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,24 @@ class Config(NamedTuple):
     source: str
 
 
+Choose = Callable[[str, dict[str, int]], Config | None]
+_choose: Choose | None = None
+
+
+@contextmanager
+def override(choose: Choose) -> Iterator[None]:
+    """Ask ``choose(kernel, shape)`` before the tables, which decide where it returns None: for tuning and tests.
+
+    It holds for every thread.
+    """
+    global _choose
+    before, _choose = _choose, choose
+    try:
+        yield
+    finally:
+        _choose = before
+
+
 def config(kernel: str, arch: str, precision: str, **shape: int) -> Config:
     """The configuration of a kernel for a shape.
 
@@ -40,6 +60,8 @@ def config(kernel: str, arch: str, precision: str, **shape: int) -> Config:
     Raises:
         KeyError: Not even the default table has a row that matches.
     """
+    if _choose is not None and (chosen := _choose(kernel, shape)) is not None:
+        return chosen
     # sizes that are symbols while a model is traced become what they are: a configuration is for one shape
     return _config(kernel, arch, precision, **{name: int(size) for name, size in shape.items()})
 
