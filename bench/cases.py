@@ -77,8 +77,9 @@ class Case(NamedTuple):
 
     @property
     def key(self) -> tuple:
-        """The same for two cases that compute the same."""
-        return self.operation, self.precision, tuple((name, _kind(value)) for name, value in self.arguments.items())
+        """The same for two cases that compute the same. The table's padding is a matter of configuration."""
+        kinds = ((name, _kind(value)) for name, value in self.arguments.items() if name != "table")
+        return self.operation, self.precision, tuple(kinds)
 
     @property
     def shape(self) -> str:
@@ -219,20 +220,31 @@ def _table(case: Case, like: Tensor, normal: Callable[..., Tensor]) -> Tensor:
 
 
 def call_arguments(case: Case, inputs: Arguments) -> Arguments:
-    """inputs_of as the operation takes them: the table is padded as the present configuration wants it."""
+    """inputs_of, or a case's own arguments, with the table padded as the present configuration wants it."""
     if "table" not in inputs:
         return inputs
-    table = inputs["table"]
-    types, heads, tokens, _ = table.shape
+    table, window = inputs["table"], tuple(case.arguments["window_size"])
+    types, heads = table.shape[:2]
     if case.operation == "attention_block":
-        queries = keys = slots(case.arguments["window_size"])
+        queries = keys = slots(window)
     else:
-        head_dim = case.arguments["qkv"].shape[-1] // 3 // heads
-        queries, keys = padded_size(table.device, inputs["qkv"].dtype, tuple(case.arguments["window_size"]), head_dim)
-    padded = torch.zeros((types, heads, queries, keys), dtype=table.dtype, device="cpu")
+        qkv = inputs["qkv"]
+        queries, keys = padded_size(table.device, qkv.dtype, window, qkv.shape[-1] // 3 // heads)
+    shape = (types, heads, queries, keys)
+    if table.is_meta:
+        return inputs | {"table": torch.empty(shape, dtype=table.dtype, device="meta")}
+    tokens = math.prod(window)
+    padded = torch.zeros(shape, dtype=table.dtype)
     padded[..., tokens:] = -math.inf
     padded[:, :, :tokens, :tokens] = table.cpu()
     return inputs | {"table": padded.to(table.device)}
+
+
+def launch_of(case: Case, chosen: Config, arch: str) -> Launch:
+    """What a case launches with another configuration."""
+    with torch.no_grad(), tf32_setting(case.precision), record(arch) as launches, override(lambda *_: chosen):
+        operation(case)(**call_arguments(case, case.arguments))
+    return launches[-1]
 
 
 def operation(case: Case) -> Callable[..., Tensor]:

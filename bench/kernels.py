@@ -18,9 +18,9 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,7 +130,7 @@ def problem_of(error: Exception) -> str:
     return (kind + (text[0] if text else ""))[:200]
 
 
-def compile_all(cases: Iterable[Case], arch: str, pool: Executor | None) -> None:
+def compile_all(cases: Iterable[Case], arch: str, pool: Pool | None) -> None:
     """Fill Triton's cache in many processes at once: compiling is most of the time of a first run."""
     if pool is None or arch not in ARCHS:
         return
@@ -139,17 +139,16 @@ def compile_all(cases: Iterable[Case], arch: str, pool: Executor | None) -> None
         with tf32_setting(case.precision):
             job = job_of(case.launch, arch, case.precision)
         jobs[job.key] = job
-    list(pool.map(compile_ahead, jobs.values()))
+    pool.map(compile_ahead, jobs.values(), chunksize=1)
 
 
 @contextmanager
-def compilers(device: torch.device):
+def compilers(device: torch.device) -> Iterator[Pool | None]:
     """A pool of processes that compile, None where nothing is compiled."""
     if device.type != "cuda":
         yield None
         return
-    workers = max(1, (os.cpu_count() or 2) - 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 1)) as pool:
         yield pool
 
 

@@ -70,9 +70,15 @@ def config(kernel: str, arch: str, precision: str, **shape: int) -> Config:
 def _config(kernel: str, arch: str, precision: str, **shape: int) -> Config:
     for table in (arch, "default"):
         for row in rows(table):
-            if row["kernel"] == kernel and precision in row["precision"] and _matches(row.get("when", {}), shape):
+            if row["kernel"] == kernel and precision in row["precision"] and matches(row.get("when", {}), shape):
                 return Config(row.get("blocks", {}), row.get("num_warps", 4), row.get("num_stages", 1), row["source"])
     raise KeyError(f"no configuration of {kernel} for {precision} on {arch} with {shape}")
+
+
+def forget() -> None:
+    """Read the tables anew at the next call: they were rewritten."""
+    rows.cache_clear()
+    _config.cache_clear()
 
 
 @cache
@@ -82,7 +88,7 @@ def rows(table: str) -> list[dict]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
 
 
-def _matches(when: dict[str, Any], shape: dict[str, int]) -> bool:
+def matches(when: dict[str, Any], shape: dict[str, int]) -> bool:
     """Whether a shape fits a row: {"channels": 96}, {"channels": [96, 128]} or, for at most, {"channels_max": 128}."""
     for key, wanted in when.items():
         if key.endswith("_max"):
