@@ -27,6 +27,10 @@ from swinfast.verify import ABSOLUTE, FACTOR
 Arguments = dict[str, Any]
 
 SMALL = {"img_size": 32, "patch_size": 2, "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4}
+MODELS = {  # for tests: whole windows, and windows, channels and heads that are padded
+    "small": SMALL,
+    "padded": SMALL | {"img_size": 36, "embed_dim": 24, "window_size": 7},
+}
 BATCHED = ("images", "x", "qkv", "residual")  # arguments whose first dimension is the batch
 IMAGES_AT_ONCE = 16  # that a definition is computed for in float64
 LOG2_E = math.log2(math.e)
@@ -106,10 +110,9 @@ def _kind(value: Any) -> Any:
 
 
 def meta_model(name: str) -> nn.Module:
-    """A model on the meta device; "small" is one for tests."""
-    if name == "small":
-        return swinfast.create_model("swinv2_cr_tiny_224", device="meta", **SMALL).eval()
-    return swinfast.create_model(name, device="meta").eval()
+    """A model on the meta device, one of those for tests or any of the family."""
+    options = MODELS.get(name, {})
+    return swinfast.create_model("swinv2_cr_tiny_224" if options else name, device="meta", **options).eval()
 
 
 def choose_forms(forms: dict[str, str], channels: int | None = None) -> Callable[[str, dict[str, int]], Config | None]:
