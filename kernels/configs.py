@@ -62,8 +62,10 @@ def config(kernel: str, arch: str, precision: str, **shape: int) -> Config:
     """
     if _choose is not None and (chosen := _choose(kernel, shape)) is not None:
         return chosen
-    # sizes that are symbols while a model is traced become what they are: a configuration is for one shape
-    return _config(kernel, arch, precision, **{name: int(size) for name, size in shape.items()})
+    try:
+        return _config(kernel, arch, precision, **shape)
+    except TypeError:  # sizes that are symbols while a model is traced have no hash: a configuration is for one shape
+        return _config(kernel, arch, precision, **{name: int(size) for name, size in shape.items()})
 
 
 @lru_cache(maxsize=4096)
@@ -99,14 +101,29 @@ def matches(when: dict[str, Any], shape: dict[str, int]) -> bool:
     return True
 
 
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover a size."""
+    return -(-size // block)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least size."""
+    return 1 << (int(size) - 1).bit_length()
+
+
 def columns(channels: int, largest: int = 4096) -> tuple[int, int]:
     """How a row of channels is cut into one to three tiles of a power of two: (tile, tiles), the fewest wasted.
 
     96 * 2^k channels are three tiles with nothing wasted.
     """
+    return _columns(int(channels), largest)
+
+
+@cache
+def _columns(channels: int, largest: int) -> tuple[int, int]:
     choices = []
     for count in (1, 2, 3):
-        tile = max(16, 1 << (-(-channels // count) - 1).bit_length())
+        tile = max(16, power_of_two(cdiv(channels, count)))
         choices.append((tile * count, count, tile))
     _, count, tile = min(choice for choice in choices if choice[2] <= largest)
     return tile, count
