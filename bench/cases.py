@@ -132,12 +132,13 @@ def choose_forms(forms: dict[str, str], channels: int | None = None) -> Callable
 @contextmanager
 def tf32_setting(precision: str) -> Iterator[None]:
     """Products of float32 as a precision wants them: in TF32 for tf32, else exact."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32  # the older of PyTorch's two settings sets both; the newer alone breaks the compiler
+    matmul.allow_tf32 = precision == "tf32"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        matmul.allow_tf32 = before
 
 
 class _Calls(TorchDispatchMode):

@@ -15,6 +15,7 @@ measure nothing, so they are written to no file but one that is asked for.
 import argparse
 import csv
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -239,7 +240,7 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[[torch.device], T
     cases = find_cases(models, batch, options.dtypes, arch, options.kernels, options.all_forms)
     with compilers(device) as pool:
         compile_all([case for _, case in cases], arch, pool)
-    peaks = measure_peaks(device, options.dtypes, timer)
+    peaks = Peaks(math.inf, {}) if options.check_only else measure_peaks(device, options.dtypes, timer)
     wanted = Options(device, timer, eager=options.eager, check_only=options.check_only)
     rows = run(cases, batch, peaks, wanted, deadline)
     if gpu and options.eager and options.compiled and not options.check_only:
@@ -247,10 +248,11 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[[torch.device], T
     if output:
         write(output, (row | about for row in (*rows_of(peaks), *rows)))
     print(table(rows))
-    for dtype in options.dtypes:
+    for dtype in () if options.check_only else options.dtypes:
         total = sum(total_us(row) for row in rows if row["dtype"] == dtype)
         print(f"{dtype}: kernels of a forward {total:.1f} µs, {total / batch:.2f} µs an image")
-    print("; ".join(" ".join(f"{key} {value}" for key, value in row.items()) for row in rows_of(peaks)))
+    if not options.check_only:
+        print("; ".join(" ".join(f"{key} {value}" for key, value in row.items()) for row in rows_of(peaks)))
     print(", ".join(str(value) for value in about.values()))
     failed = sum("problem" in row for row in rows)
     print(f"{len(rows)} kernels, {failed} wrong or failed{'' if gpu else '; no measurement: no GPU'}")

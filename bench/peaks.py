@@ -13,6 +13,7 @@ from swinfast.kernels.shapes import PRECISIONS
 from tabulate import tabulate
 
 from bench.cases import tf32_setting
+from bench.provenance import provenance
 from swinfast.predict import resolve_device
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}  # of the source; as many are written
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = resolve_device(parser.parse_args(argv).device)
     rows = rows_of(measure_peaks(device, list(PRECISIONS), timer_of(device)))
     print(tabulate(rows, headers="keys"))
+    print(", ".join(provenance(device, "measured").values()))
     return 0
 
 

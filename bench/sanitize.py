@@ -58,12 +58,7 @@ def bias_tables(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="default: %(default)s")
-    parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--compile", action="store_true", help="compile in parallel first, for a run without sanitizer")
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args(argv)
+    options = _parser().parse_args(argv)
     device = resolve_device(options.device)
     arch = arch_of(device)
     cases = find_cases(options.models, 1, options.dtypes, arch, KERNELS, forms=True)
@@ -77,6 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"WRONG {line}")
     print(f"{len(cases)} launches of {len({case.operation for _, case in cases})} operations, {len(wrong)} wrong")
     return int(bool(wrong))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="default: %(default)s")
+    parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--compile", action="store_true", help="compile in parallel first, for a run without sanitizer")
+    parser.add_argument("--device", default="auto")
+    return parser
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def tune_target(
     fresh = []
     for config, problem in zip(tried, refused, strict=True):
         entry = known.get(tile(config))
-        if entry is not None and config is not tried[0]:
+        if entry is not None and (config is not tried[0] or entry["outcome"].startswith("crashed")):
             if entry["outcome"] == "timed":
                 times[tile(config)] = entry["us"]
             continue
@@ -234,7 +234,7 @@ def sweep(
         final = known_final(target, log)
         if final is None:
             if time.monotonic() > deadline:
-                print(f"out of time: {len(todo)} targets are left for --resume")
+                print(f"out of time: left for --resume: {len(todo)} targets")
                 break
             for ahead in todo[:AHEAD]:
                 if str(ahead) not in started:
