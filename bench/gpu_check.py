@@ -84,15 +84,14 @@ def _environment(visit: Visit) -> list[Command]:
 
 
 def _check(visit: Visit) -> list[Command]:
-    """Every kernel at the shapes of real models, through the tables, in every dtype and composition."""
+    """Every kernel at the shapes of real models, as the tables have it, in every dtype, and blocks not fused at all."""
     models = (MODEL, "swinv2_cr_tiny_384", "--batch", "4") if GPU else ("small", "--batch", "1")
-    command = (*PYTHON, "bench.kernels", "--check-only", "--all-forms", "--model", *models)
+    command = (*PYTHON, "bench.kernels", "--check-only", "--forms", "tables", "apart", "--model", *models)
     return [(*command, *(EVERY_DTYPE if GPU else ("--dtypes", "float16")), *_minutes(visit))]
 
 
 def _sanitize(visit: Visit) -> list[Command]:
-    small = () if GPU else ("--models", "small", "--dtypes", "float16")
-    script = (*PYTHON, "bench.sanitize", *small)
+    script = (*PYTHON, "bench.sanitize", "--models", "padded", "--dtypes", "float16", "bfloat16", "float32")
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if not tool:
         raise Missing("no compute-sanitizer on the PATH")
@@ -175,7 +174,7 @@ def _tune(visit: Visit) -> list[Command]:
 
 STEPS = {
     "environment": Step(0.04, _environment, 9),
-    "check": Step(0.10, _check, 3),
+    "check": Step(0.12, _check, 3),
     "kernel-tests": Step(0.24, _kernel_tests, 4),
     "model-tests": Step(0.14, _model_tests, 4),
     "sanitize": Step(0.10, _sanitize, 3),
@@ -198,7 +197,10 @@ def run_step(name: str, step: Step, visit: Visit, log: Path) -> Outcome:
     start = log.stat().st_size
     states = []
     try:
-        states.extend(run_command(command, deadline, log) for command in step.commands(visit))
+        commands = step.commands(visit)
+        for place, command in enumerate(commands):  # each an equal part of the time that is left
+            left = (deadline - time.monotonic()) / (len(commands) - place)
+            states.append(run_command(command, time.monotonic() + left, log))
     except Missing as missing:
         return Outcome(name, f"left out: {missing}", 0.0, [])
     except OSError as error:
@@ -224,8 +226,10 @@ def run_command(command: Command, deadline: float, log: Path) -> str:
     """
     if time.monotonic() > deadline:
         return "out of time"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    if "sanitize" in " ".join(command):
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    if "pytest" in command:
+        environment["OMP_NUM_THREADS"] = "1"
+    if "bench.sanitize" in command:
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     with log.open("ab") as out:
         out.write(f"==== {' '.join(command)}\n".encode())

@@ -20,7 +20,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,6 +64,7 @@ COLUMNS = (
     "share_of_floor", "bound", "intensity", "eager_us", "compiled_us", "rel_error", "config", "problem", "torch",
     "triton", "driver", "commit", "date", "source",
 )  # fmt: skip
+COMPOSITIONS = {"tables": None} | {name: choose_forms(forms) for name, forms in FORMS.items()}
 GOAL = 0.6  # of its floor, that a kernel should reach
 NOT_ENOUGH = 20.0  # seconds that must be left to compile the definition of another kernel
 
@@ -154,10 +155,15 @@ def compilers(device: torch.device) -> Iterator[Pool | None]:
 
 
 def find_cases(
-    models: Sequence[str], batch: int, precisions: Sequence[str], arch: str, kernels: Sequence[str], forms: bool
+    models: Sequence[str],
+    batch: int,
+    precisions: Sequence[str],
+    arch: str,
+    kernels: Sequence[str],
+    forms: Iterable[str],
 ) -> list[tuple[str, Case]]:
-    """(model, case) of all models and precisions, each case once; with all forms of a block if forms."""
-    choices = [None, *map(choose_forms, FORMS.values())] if forms else [None]
+    """(model, case) of all models, precisions and compositions of a block (COMPOSITIONS), each case once."""
+    choices = [COMPOSITIONS[name] for name in forms]
     found = {}
     for name in models:
         model = meta_model(name)
@@ -169,9 +175,10 @@ def find_cases(
     return list(found.values())
 
 
-def run(cases: Sequence[tuple[str, Case]], batch: int, peaks: Peaks, options: Options, deadline: float) -> list[dict]:
-    """Rows of all cases that fit in before the deadline (of time.monotonic)."""
-    rows = []
+def run(
+    cases: Sequence[tuple[str, Case]], batch: int, peaks: Peaks, options: Options, deadline: float, rows: list[dict]
+) -> None:
+    """Add the rows of all cases that fit in before the deadline (of time.monotonic)."""
     for name, case in cases:
         if time.monotonic() > deadline:
             print(f"out of time: {len(cases) - len(rows)} of {len(cases)} kernels were not measured")
@@ -179,7 +186,6 @@ def run(cases: Sequence[tuple[str, Case]], batch: int, peaks: Peaks, options: Op
         rows.append({"model": name, "batch": batch, **measure(case, peaks, options)})
         if rows[-1].get("problem"):
             print(f"FAILED {case.operation} {case.precision} {case.shape}: {rows[-1]['problem']}", flush=True)
-    return rows
 
 
 def add_compiled(cases: Sequence[tuple[str, Case]], rows: list[dict], options: Options, deadline: float) -> None:
@@ -237,14 +243,16 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[[torch.device], T
     arch, timer = arch_of(device), timer_of(device)
     about = provenance(device, "measured" if gpu else "interpreter")
     output = options.output or (RESULTS / f"kernels_{slug(device)}.csv" if gpu and not options.check_only else None)
-    cases = find_cases(models, batch, options.dtypes, arch, options.kernels, options.all_forms)
+    cases = find_cases(models, batch, options.dtypes, arch, options.kernels, options.forms)
     with compilers(device) as pool:
         compile_all([case for _, case in cases], arch, pool)
     peaks = Peaks(math.inf, {}) if options.check_only else measure_peaks(device, options.dtypes, timer)
     wanted = Options(device, timer, eager=options.eager, check_only=options.check_only)
-    rows = run(cases, batch, peaks, wanted, deadline)
-    if gpu and options.eager and options.compiled and not options.check_only:
-        add_compiled(cases, rows, wanted, deadline)
+    rows: list[dict] = []
+    with suppress(KeyboardInterrupt):  # what was measured until then is still written
+        run(cases, batch, peaks, wanted, deadline, rows)
+        if gpu and options.eager and options.compiled and not options.check_only:
+            add_compiled(cases, rows, wanted, deadline)
     if output:
         write(output, (row | about for row in (*rows_of(peaks), *rows)))
     print(table(rows))
@@ -266,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=["float16"])
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument(
-        "--all-forms", action="store_true", help="blocks fused, partly and not, beside the tables' choice"
+        "--forms", nargs="+", choices=COMPOSITIONS, default=["tables"], help="compositions of a block (default: tables)"
     )
     parser.add_argument("--check-only", action="store_true", help="is every kernel right? no times")
     parser.add_argument("--no-eager", dest="eager", action="store_false", help="leave plain PyTorch out")

@@ -23,7 +23,7 @@ from swinfast.kernels.shapes import PRECISIONS
 from torch import Tensor
 
 from bench.cases import MODELS, call_arguments, inputs_of, operation, tf32_setting
-from bench.kernels import KERNELS, compile_all, compilers, find_cases
+from bench.kernels import COMPOSITIONS, KERNELS, compile_all, compilers, find_cases
 from swinfast.predict import resolve_device
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     device = resolve_device(options.device)
     arch = arch_of(device)
-    cases = find_cases(options.models, 1, options.dtypes, arch, KERNELS, forms=True)
+    cases = find_cases(options.models, 1, options.dtypes, arch, KERNELS, COMPOSITIONS)
     if options.compile:
         with compilers(device) as pool:
             compile_all([case for _, case in cases], arch, pool)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from swinfast.kernels.launch import arch_of
 
-from bench.cases import Oracle, call_arguments, inputs_of, operation
+from bench.cases import FORMS, Oracle, call_arguments, inputs_of, operation
 from bench.kernels import KERNELS, find_cases
 from bench.roofline import bytes_of, flops_of
 
@@ -17,7 +17,7 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 MODEL, BATCH = ("swinv2_cr_tiny_ns_224", 256) if GPU else ("small", 1)
 ROUNDS = {"rounds": 50, "warmup_rounds": 10} if GPU else {"rounds": 1, "warmup_rounds": 0}
-FOUND = [case for _, case in find_cases([MODEL], BATCH, ["float16"], arch_of(DEVICE), KERNELS, forms=True)]
+FOUND = [case for _, case in find_cases([MODEL], BATCH, ["float16"], arch_of(DEVICE), KERNELS, FORMS)]
 LARGEST = {case.operation: case for case in sorted(FOUND, key=lambda case: bytes_of(case.launch))}
 
 
