@@ -26,6 +26,7 @@ import triton
 from swinfast.kernels.configs import FOLDER
 from swinfast.kernels.launch import arch_of
 
+from bench import OUT_OF_TIME
 from bench.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
@@ -73,8 +74,8 @@ class Missing(Exception):
     """A step has nothing to run here: said why."""
 
 
-def _minutes(visit: Visit) -> tuple[str, str]:
-    return "--minutes", f"{max(0.2, visit.minutes - GRACE / 60):.2f}"
+def _minutes(visit: Visit, grace: float = GRACE) -> tuple[str, str]:
+    return "--minutes", f"{max(0.2, visit.minutes - grace / 60):.2f}"
 
 
 def _environment(visit: Visit) -> list[Command]:
@@ -169,7 +170,8 @@ def _tune(visit: Visit) -> list[Command]:
     if not GPU:
         raise Missing("tuning needs a GPU")
     log = str(visit.output / "tune.jsonl")
-    return [(*PYTHON, "bench.tune", "--model", MODEL, "--batch", "256", "--resume", "--log", log, *_minutes(visit))]
+    size = ("--model", MODEL, "--batch", "256")
+    return [(*PYTHON, "bench.tune", *size, "--resume", "--log", log, *_minutes(visit, 3 * GRACE))]  # a target is long
 
 
 STEPS = {
@@ -248,7 +250,7 @@ def run_command(command: Command, deadline: float, log: Path) -> str:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return "ok" if status == 0 else f"FAILED (exit status {status})"
+    return {0: "ok", OUT_OF_TIME: "out of time"}.get(status, f"FAILED (exit status {status})")
 
 
 def visit_gpu(names: Sequence[str], minutes: float, output: Path) -> list[Outcome]:

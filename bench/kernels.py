@@ -35,6 +35,7 @@ from swinfast.kernels.launch import arch_of
 from swinfast.kernels.shapes import PRECISIONS
 from tabulate import tabulate
 
+from bench import OUT_OF_TIME
 from bench.cases import (
     FORMS,
     Case,
@@ -66,6 +67,7 @@ COLUMNS = (
 )  # fmt: skip
 COMPOSITIONS = {"tables": None} | {name: choose_forms(forms) for name, forms in FORMS.items()}
 GOAL = 0.6  # of its floor, that a kernel should reach
+COMPILE_WAIT = 180.0  # seconds for all kernels
 NOT_ENOUGH = 20.0  # seconds that must be left to compile the definition of another kernel
 
 
@@ -141,7 +143,8 @@ def compile_all(cases: Iterable[Case], arch: str, pool: Pool | None) -> None:
         with tf32_setting(case.precision):
             job = job_of(case.launch, arch, case.precision)
         jobs[job.key] = job
-    pool.map(compile_ahead, jobs.values(), chunksize=1)
+    with suppress(multiprocessing.TimeoutError):  # a pool whose worker died never ends; a launch compiles what is left
+        pool.map_async(compile_ahead, jobs.values(), chunksize=1).get(COMPILE_WAIT)
 
 
 @contextmanager
@@ -264,7 +267,9 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[[torch.device], T
     print(", ".join(str(value) for value in about.values()))
     failed = sum("problem" in row for row in rows)
     print(f"{len(rows)} kernels, {failed} wrong or failed{'' if gpu else '; no measurement: no GPU'}")
-    return int(failed > 0 or len(rows) < len(cases))
+    if failed:
+        return 1
+    return OUT_OF_TIME if len(rows) < len(cases) else 0
 
 
 def _parser() -> argparse.ArgumentParser:

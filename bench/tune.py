@@ -31,6 +31,7 @@ from swinfast.kernels.launch import arch_of
 from swinfast.kernels.shapes import PRECISIONS
 from tabulate import tabulate
 
+from bench import OUT_OF_TIME
 from bench.candidates import candidates
 from bench.cases import Case, Oracle, Wrong, call_arguments, inputs_of, launch_of, operation, tf32_setting
 from bench.forms import GAIN, SIXTEEN_BITS, form_rows, precisions_of, source_of
@@ -47,17 +48,19 @@ ROUNDS = 5
 QUICK, LONG = 20, 40  # milliseconds of calls in one timing
 AHEAD = 4  # targets whose candidates are being compiled
 COMPILE_WAIT = 60.0  # seconds for the candidates of one target: a compiler can take minutes over a hopeless one
-STICKY = ("CUDA error", "illegal memory access", "device-side assert", "unspecified launch failure")
+STICKY = ("CUDA error", "illegal memory access", "misaligned address", "device-side assert", "launch failure")
+
+Wait = Callable[[float], list[str]]
 
 
 class Crashed(Exception):
     """The GPU's context is lost: only a new process can go on."""
 
 
-def compile_target(target: Target, tried: Sequence[Config], arch: str, pool: Pool | None) -> Callable[[], list[str]]:
-    """Start to compile all candidates; what is returned waits, and says of each why it is refused, or ""."""
+def compile_target(target: Target, tried: Sequence[Config], arch: str, pool: Pool | None) -> Wait:
+    """Start to compile all candidates; what is returned waits so many seconds, and says why each is refused, or ""."""
     if pool is None or arch not in ARCHS:
-        return lambda: [""] * len(tried)
+        return lambda seconds: [""] * len(tried)
     pending: list[list[tuple[Job, AsyncResult]]] = []
     for config in tried:
         jobs = {}
@@ -67,8 +70,8 @@ def compile_target(target: Target, tried: Sequence[Config], arch: str, pool: Poo
             jobs[job.key] = job
         pending.append([(job, pool.apply_async(compile_ahead, (job,))) for job in jobs.values()])
 
-    def wait() -> list[str]:
-        deadline = time.monotonic() + COMPILE_WAIT
+    def wait(seconds: float) -> list[str]:
+        deadline = time.monotonic() + seconds
         return ["; ".join(_refusals(jobs, deadline)[:1]) for jobs in pending]
 
     return wait
@@ -184,7 +187,8 @@ def tune_target(
             kind = "wrong" if isinstance(outcome, Wrong) else "crashed" if isinstance(outcome, Crashed) else "failed"
             log.write(target, tile(config), f"{kind}: {problem_of(outcome)}")
 
-    bench.quick(fresh, done)
+    if fresh:
+        bench.quick(fresh, done)
     present = tile(tried[0]) in times
     rivals = sorted((one for one in tried[1:] if tile(one) in times), key=lambda one: times[tile(one)])[:FINALISTS]
     finalists = [tried[0], *rivals] if present else rivals
@@ -226,31 +230,33 @@ def row_of(target: Target, final: Final, about: dict[str, str], models: str) -> 
 def sweep(
     targets: Sequence[Target], arch: str, most: int, bench: Callable[[Target], Bench], pool: Pool | None, log: Log,
     deadline: float, found: Callable[[Target, Final], None],
-) -> list[tuple[Target, Final]]:  # fmt: skip
-    """Outcomes of the targets that fit in before the deadline (of time.monotonic). Compiling is some targets ahead."""
-    finals, started = [], {}
+) -> tuple[list[tuple[Target, Final]], int]:  # fmt: skip
+    """Outcomes of the targets that fit in before the deadline (of time.monotonic), and how many were left."""
+    finals: list[tuple[Target, Final]] = []
+    started: dict[str, tuple[list[Config], Wait]] = {}
     todo = [target for target in targets if known_final(target, log) is None]
     for target in targets:
         final = known_final(target, log)
         if final is None:
-            if time.monotonic() > deadline:
-                print(f"out of time: left for --resume: {len(todo)} targets")
-                break
-            for ahead in todo[:AHEAD]:
+            for ahead in todo[:AHEAD]:  # compiling is some targets ahead
                 if str(ahead) not in started:
                     tried = candidates(ahead.kernel, dict(ahead.sizes), ahead.precision, ahead.present, arch, most)
                     started[str(ahead)] = tried, compile_target(ahead, tried, arch, pool)
+            tried, wait = started[str(target)]
+            refused = wait(min(COMPILE_WAIT, max(0.0, deadline - time.monotonic())))
+            if time.monotonic() > deadline:
+                print(f"out of time: left for --resume: {len(todo)} targets")
+                break
             todo.remove(target)
-            tried, wait = started.pop(str(target))
-            final = tune_target(target, tried, wait(), bench(target), log)
+            final = tune_target(target, tried, refused, bench(target), log)
             if final is None:
-                print(f"{target}: nothing runs", flush=True)
+                print(f"{target}: {'FAILED: ' if target.in_use else ''}nothing runs", flush=True)
                 continue
             print(f"{target}: {tile(final.best)}{' wins' if final.wins else ' stays'}, {final.us:.1f} µs", flush=True)
         finals.append((target, final))
         if final.wins:
             found(target, final)
-    return finals
+    return finals, len(todo)
 
 
 def main(argv: Sequence[str] | None = None, timer_of: Callable[[torch.device], Timer] = timer_of) -> int:
@@ -279,14 +285,14 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[[torch.device], T
     what = f"{' '.join(models)} batch {batch}"
     try:
         with compilers(device) as pool:
-            finals = sweep(
+            finals, left = sweep(
                 targets, arch, options.candidates, lambda target: Bench(target, device, timer), pool, log, deadline,
                 lambda target, final: found(row_of(target, final, about, what)),
             )  # fmt: skip
     except Crashed as crash:
-        left = (deadline - time.monotonic()) / 60
+        minutes = f"{(deadline - time.monotonic()) / 60:.2f}"
         print(f"the GPU's context is lost ({crash}): going on in a new process", flush=True)
-        os.execv(sys.executable, [sys.executable, "-m", "bench.tune", *argv, "--resume", "--minutes", f"{left:.2f}"])
+        os.execv(sys.executable, [sys.executable, "-m", "bench.tune", *argv, "--resume", "--minutes", minutes])
     us = {c.key: one for target, final in finals for c, one in zip(target.cases, final.by_case, strict=True)}
     for precision in options.dtypes:
         found(*form_rows(models, batch, precision, arch, us, about))
@@ -294,7 +300,7 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[[torch.device], T
     for row in rows:
         print(json.dumps(row))
     print(f"{len(finals)} of {len(targets)} targets, {len(rows)} rows{'' if gpu else '; no measurement: no GPU'}")
-    return int(len(finals) < len(targets))
+    return OUT_OF_TIME if left else 0
 
 
 def report(finals: Sequence[tuple[Target, Final]]) -> str:

@@ -72,6 +72,12 @@ def test_time_runs_out(check):
     assert "two: ok" in summary
 
 
+def test_a_script_that_stops_in_time(check):
+    status, summary, _ = check(one=step("import sys; print('3 left'); sys.exit(75)"), two=step(SAYS))
+    assert status == 1
+    assert "one: out of time" in summary and "3 left" in summary and "two: ok" in summary
+
+
 def test_no_time_is_left(check):
     status, summary, _ = check(minutes=0.01, one=step(SAYS))
     assert status == 1
