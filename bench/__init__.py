@@ -1,1 +1,3 @@
 """Benchmark scripts, run from a checkout: python -m bench.NAME."""
+
+OUT_OF_TIME = 75  # exit status of a script that stopped because its minutes were over

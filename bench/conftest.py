@@ -1,7 +1,12 @@
-"""What the benchmarks share: `pytest bench/ --benchmark-only`."""
+"""What the benchmarks share: `pytest bench/ --benchmark-only`. Without a GPU kernels run in Triton's interpreter."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from swinfast.predict import resolve_device
 

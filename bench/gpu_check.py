@@ -1,111 +1,313 @@
 """What a first visit to a GPU should do, in the order of its worth and within a budget of time.
 
-`python -m bench.gpu_check [--minutes 9] [--output FOLDER]`
+`python -m bench.gpu_check [--minutes 9] [--output FOLDER] [--steps NAME …]`
 
-1. The tests of the kernels, of the Triton stage and of models, with the real compiler: a process for each file, all at
-   once, since most of their time is compiling. Mutants are left to CPUs.
-2. Whole models beside timm's eager ones, at batch 1, 32 and 256, in float16 and bfloat16.
-
-Everything that was said is in tests.txt and models.csv, and a summary in summary.txt; the exit status is 1 where
-anything failed or ran out of time.
+Each step gets its share of the time that is left, so what one does not need is there for the next. A step that is
+missing, fails or runs out of time is named, the rest goes on, and what it had written by then is kept. In the folder
+lie at most eight files: the summary, a log of all that was said, the results, and the table that tuning wrote. The exit
+status is 1 where anything failed or was cut short.
 """
 
 import argparse
+import importlib.util
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
+from swinfast.kernels.configs import FOLDER
+from swinfast.kernels.launch import arch_of
+
+from bench import OUT_OF_TIME
+from bench.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
-TESTS = (
-    *sorted(ROOT.glob("tests/kernels/test_*.py")),
-    *map(ROOT.joinpath, ("tests/test_triton_backend.py", "tests/test_gpu.py")),
-)
+GPU = torch.cuda.is_available()
+PYTHON = (sys.executable, "-m")
+GRACE = 15.0  # seconds before the end of its time that a step's script is told to stop by itself
+LEAST = 0.05  # minutes that a step is started for
+LAST_WORDS = 15.0  # seconds that a process has to end after it was interrupted
+LARGEST_LOG = 12 << 20
+WIDEST = 150  # columns of the summary
+MODEL = "swinv2_cr_tiny_ns_224"
+EVERY_DTYPE = ("--dtypes", "float16", "bfloat16", "float32", "tf32")
+QUIETLY = ("-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-rfE", "--tb=short")
+
+Command = Sequence[str]
+
+
+class Visit(NamedTuple):
+    """What the steps know of each other."""
+
+    output: Path
+    minutes: float  # that the step has
+
+
+class Step(NamedTuple):
+    """One step: its share of the time, its commands, one after the other, and lines of its end for the summary."""
+
+    share: float
+    commands: Callable[[Visit], list[Command]]
+    lines: int = 1
 
 
 class Outcome(NamedTuple):
     name: str
-    passed: bool
-    said: str  # the last line
+    state: str  # "ok", "FAILED", "out of time", "missing: …", "left out: …"
     seconds: float
+    said: list[str]
+
+    @property
+    def passed(self) -> bool:
+        return self.state == "ok" or self.state.startswith("left out")
 
 
-def run_tests(files: Sequence[Path], deadline: float, log: Path) -> list[Outcome]:
-    """Run each test file in its own process, all at once, until the deadline (of time.monotonic)."""
+class Missing(Exception):
+    """A step has nothing to run here: said why."""
+
+
+def _minutes(visit: Visit, grace: float = GRACE) -> tuple[str, str]:
+    return "--minutes", f"{max(0.2, visit.minutes - grace / 60):.2f}"
+
+
+def _environment(visit: Visit) -> list[Command]:
+    facts = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current"
+    smi = [("nvidia-smi", f"--query-gpu={facts}", "--format=csv")] if shutil.which("nvidia-smi") else []
+    return [*smi, (*PYTHON, "bench.peaks")]
+
+
+def _check(visit: Visit) -> list[Command]:
+    """Every kernel at the shapes of real models, as the tables have it, in every dtype, and blocks not fused at all."""
+    models = (MODEL, "swinv2_cr_tiny_384", "--batch", "4") if GPU else ("small", "--batch", "1")
+    command = (*PYTHON, "bench.kernels", "--check-only", "--forms", "tables", "apart", "--model", *models)
+    return [(*command, *(EVERY_DTYPE if GPU else ("--dtypes", "float16")), *_minutes(visit))]
+
+
+def _sanitize(visit: Visit) -> list[Command]:
+    script = (*PYTHON, "bench.sanitize", "--models", "padded", "--dtypes", "float16", "bfloat16", "float32")
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if not tool:
+        raise Missing("no compute-sanitizer on the PATH")
+    watched = [(tool, "--tool", one, "--error-exitcode", "9", *script) for one in ("memcheck", "racecheck")]
+    return [(*script, "--compile"), *watched]
+
+
+def _kernel_tests(visit: Visit) -> list[Command]:
+    return _pytest(sorted(ROOT.glob("tests/kernels/test_*.py")))
+
+
+def _model_tests(visit: Visit) -> list[Command]:
+    """Equality with timm, graphs, export: files that have tests for a GPU."""
+    files = [file for file in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in file.read_text(encoding="utf-8")]
+    return _pytest([ROOT / "tests/test_triton_backend.py", *files])
+
+
+def _pytest(files: Sequence[Path]) -> list[Command]:
+    """Tests in many processes where pytest-xdist is there; most of their time is compiling. Mutants are for CPUs."""
+    command = [*PYTHON, "pytest", *QUIETLY, "-k", "not mutant", "-m", "not slow"]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ["--timeout", "150", "--timeout-method", "thread"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(_processes()), "--dist", "worksteal"]
+    return [(*command, *(str(file.relative_to(ROOT)) for file in dict.fromkeys(files)))]
+
+
+def _processes() -> int:
+    """As many as there are cores and, at 2 GB each, room on the GPU."""
+    cores = max(1, (os.cpu_count() or 2) - 1)
+    if not GPU or not shutil.which("nvidia-smi"):
+        return cores
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    megabytes = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    return max(1, min(cores, int(megabytes[0]) // 2048)) if megabytes and megabytes[0].isdigit() else cores
+
+
+def _models(visit: Visit, file: str = "models.csv") -> list[Command]:
+    """The peers' table, with those of its options that bench.models has."""
+    known = _help("bench.models")
+    wanted = {
+        "--dtypes": ("float16", "bfloat16") if GPU else ("float32",),
+        "--batch-sizes": ("1", "32", "256") if GPU else ("1",),
+        "--device": ("cuda" if GPU else "cpu",),
+        "--minutes": _minutes(visit)[1:],
+        "--output": (str(visit.output / file),),
+    }
+    if not GPU:
+        wanted["--rounds"] = ("2",)
+    options = [word for name, values in wanted.items() if name in known for word in (name, *values)]
+    return [(*PYTHON, "bench.models", "--models", MODEL, *options)]
+
+
+def _help(module: str) -> str:
+    return subprocess.run([*PYTHON, module, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def _models_again(visit: Visit) -> list[Command]:
+    """The same with the tuned table, where tuning changed it."""
+    if not (visit.output / _table().name).exists():
+        raise Missing("tuning changed no table")
+    return _models(visit, "models_tuned.csv")
+
+
+def _kernels(visit: Visit) -> list[Command]:
+    size = ("--model", MODEL, "--batch", "256") if GPU else ()
+    return [(*PYTHON, "bench.kernels", *size, *_minutes(visit), "--output", str(visit.output / "kernels.csv"))]
+
+
+def _overhead(visit: Visit) -> list[Command]:
+    return [(*PYTHON, "bench.overhead", "--output", str(visit.output / "overhead.csv"))]
+
+
+def _tune(visit: Visit) -> list[Command]:
+    if not GPU:
+        raise Missing("tuning needs a GPU")
+    log = str(visit.output / "tune.jsonl")
+    size = ("--model", MODEL, "--batch", "256")
+    return [(*PYTHON, "bench.tune", *size, "--resume", "--log", log, *_minutes(visit, 3 * GRACE))]  # a target is long
+
+
+STEPS = {
+    "environment": Step(0.04, _environment, 9),
+    "check": Step(0.12, _check, 3),
+    "kernel-tests": Step(0.24, _kernel_tests, 4),
+    "model-tests": Step(0.14, _model_tests, 4),
+    "sanitize": Step(0.10, _sanitize, 3),
+    "models": Step(0.16, _models, 9),
+    "kernels": Step(0.08, _kernels, 4),
+    "overhead": Step(0.02, _overhead, 2),
+    "tune": Step(0.40, _tune, 3),
+    "models-again": Step(0.16, _models_again, 6),
+}
+
+
+def _table() -> Path:
+    return FOLDER / f"{arch_of(torch.device('cuda', 0) if GPU else torch.device('cpu'))}.json"
+
+
+def run_step(name: str, step: Step, visit: Visit, log: Path) -> Outcome:
+    """Run a step's commands within its time; all they say goes to the log."""
     began = time.monotonic()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not mutants"]
-    running = {}
-    for file in files:
-        out = log.with_name(f".{file.stem}.txt")
-        running[file] = (
-            out,
-            subprocess.Popen(
-                [*command, str(file)], cwd=ROOT, env=environment, stdout=out.open("w"), stderr=subprocess.STDOUT
-            ),
+    deadline = began + 60 * visit.minutes
+    start = log.stat().st_size
+    states = []
+    try:
+        commands = step.commands(visit)
+        for place, command in enumerate(commands):  # each an equal part of the time that is left
+            left = (deadline - time.monotonic()) / (len(commands) - place)
+            states.append(run_command(command, time.monotonic() + left, log))
+    except Missing as missing:
+        return Outcome(name, f"left out: {missing}", 0.0, [])
+    except OSError as error:
+        states.append(f"missing: {error}")
+    with log.open("rb") as stream:
+        stream.seek(start)
+        text = stream.read().decode("utf-8", errors="replace")
+    state = next((state for state in states if state != "ok"), "ok")
+    return Outcome(name, state, time.monotonic() - began, _end_of(text, step.lines))
+
+
+def _end_of(text: str, count: int) -> list[str]:
+    """The last lines, and before them what went wrong, in as many lines."""
+    lines = [line.rstrip()[:WIDEST] for line in text.splitlines() if line.strip() and not line.startswith("==== ")]
+    wrong = [line for line in lines[:-1] if line.startswith(("FAILED", "WRONG", "ERROR"))][: count - 1]
+    return [*wrong, *lines[-(count - len(wrong)) :]]
+
+
+def run_command(command: Command, deadline: float, log: Path) -> str:
+    """Run one command until a deadline (of time.monotonic): "ok", "FAILED" or "out of time".
+
+    It runs in a process group of its own, and whatever of that is left at the end is killed.
+    """
+    if time.monotonic() > deadline:
+        return "out of time"
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    if "pytest" in command:
+        environment["OMP_NUM_THREADS"] = "1"
+    if "bench.sanitize" in command:
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    with log.open("ab") as out:
+        out.write(f"==== {' '.join(command)}\n".encode())
+        out.flush()
+        process = subprocess.Popen(
+            list(command), cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
-    outcomes = []
-    for file, (out, process) in running.items():
         try:
-            process.wait(max(0.0, deadline - time.monotonic()))
+            status = process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
+            process.send_signal(signal.SIGINT)  # pytest then says what it found so far
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(LAST_WORDS)
+            return "out of time"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        text = out.read_text(encoding="utf-8", errors="replace")
-        out.unlink()
-        with log.open("a", encoding="utf-8") as stream:
-            stream.write(f"==== {file.name}\n{text}\n")
-        lines = text.strip().splitlines()
-        said = lines[-1] if process.returncode >= 0 and lines else "out of time"
-        outcomes.append(Outcome(file.name, process.returncode in (0, 5), said, time.monotonic() - began))
+    return {0: "ok", OUT_OF_TIME: "out of time"}.get(status, f"FAILED (exit status {status})")
+
+
+def visit_gpu(names: Sequence[str], minutes: float, output: Path) -> list[Outcome]:
+    """Run steps in their order; the summary is on disk after each."""
+    deadline = time.monotonic() + 60 * minutes
+    log = output / "log.txt"
+    log.touch()
+    table = _table()
+    before = table.read_bytes() if table.exists() else b""
+    outcomes: list[Outcome] = []
+    for place, name in enumerate(names):
+        left = (deadline - time.monotonic()) / 60
+        shares = [STEPS[one].share for one in names[place:]]
+        if left < LEAST:
+            outcomes.append(Outcome(name, "out of time: not started", 0.0, []))
+        else:
+            outcomes.append(run_step(name, STEPS[name], Visit(output, left * shares[0] / sum(shares)), log))
+        if table.exists() and table.read_bytes() != before:
+            shutil.copy(table, output / table.name)
+        cut(log)
+        (output / "summary.txt").write_text(summary(outcomes) + "\n", encoding="utf-8")
     return outcomes
 
 
-def run_models(deadline: float, output: Path) -> Outcome:
-    """Whole models, until the deadline; the rows that are done by then are kept."""
-    began = time.monotonic()
-    gpu = torch.cuda.is_available()
-    sizes = ["--batch-sizes", *(("1", "32", "256") if gpu else ("1",)), "--rounds", "30" if gpu else "2"]
-    dtypes = ["--dtypes", *(("float16", "bfloat16") if gpu else ("float32",))]
-    command = [sys.executable, "-m", "bench.models", *sizes, *dtypes, "--output", str(output)]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, deadline - time.monotonic())
-        )
-        lines = (done.stdout + done.stderr).strip().splitlines()
-        return Outcome("bench.models", done.returncode == 0, lines[-1] if lines else "", time.monotonic() - began)
-    except subprocess.TimeoutExpired:
-        return Outcome("bench.models", False, "out of time", time.monotonic() - began)
+def cut(log: Path) -> None:
+    """Keep the beginning and the end of a log that grew too large."""
+    if log.stat().st_size > LARGEST_LOG:
+        text = log.read_bytes()
+        log.write_bytes(text[: LARGEST_LOG // 4] + b"\n[cut]\n" + text[-LARGEST_LOG // 4 :])
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """At most 60 lines: the machine, each step's state, and the end of what it said."""
+    about = provenance(torch.device("cuda" if GPU else "cpu"), "")
+    where = about["device"] if GPU else f"no GPU: the interpreter, and PyTorch on {about['device']}"
+    lines = [f"{where}, torch {torch.__version__}, triton {triton.__version__}, commit {about['commit']}"]
+    for one in outcomes:
+        lines += [f"{one.name}: {one.state}, {one.seconds:.0f} s", *(f"    {line}" for line in one.said)]
+    states = ", ".join(f"{one.name} {one.state}" for one in outcomes if not one.passed)
+    return "\n".join([*lines[:58], f"NOT WELL: {states}"[:WIDEST] if states else "all is well"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    deadline = time.monotonic() + 60 * options.minutes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are killed, too
     options.output.mkdir(parents=True, exist_ok=True)
-    log = options.output / "tests.txt"
-    log.unlink(missing_ok=True)
-    outcomes = run_tests(options.tests, deadline, log)
-    outcomes.append(run_models(deadline, options.output / "models.csv"))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: the interpreter, and PyTorch"
-    lines = [f"{device}, torch {torch.__version__}, triton {triton.__version__}"]
-    lines += [f"{'ok  ' if one.passed else 'FAIL'} {one.name}, {one.seconds:.0f} s: {one.said}" for one in outcomes]
-    summary = "\n".join(lines)
-    (options.output / "summary.txt").write_text(summary + "\n", encoding="utf-8")
-    print(summary)
+    names = [name for name in STEPS if name in options.steps]
+    outcomes = visit_gpu(names, options.minutes, options.output)
+    print(summary(outcomes))
     return int(not all(one.passed for one in outcomes))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="folder (default: %(default)s)")
-    parser.add_argument("--tests", type=Path, nargs="+", default=TESTS, help="test files (default: all of the kernels)")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="default: all, in this order")
     return parser
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import columns, config
+from .configs import cdiv, columns, config, power_of_two
 from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
 from .tiles import add_rows, add_vector, dot, layer_norm, load_rows, load_transposed, store_rows, zeros
 from .window_attention import check_table, reciprocal_length, softmax_scale, window_tokens
@@ -117,7 +117,7 @@ def _project(
 
 def slots(window_size: tuple[int, int]) -> int:
     """Tokens of a window padded to whole tiles: both sides of the table (see cpb_bias) that attention_block takes."""
-    return max(16, triton.next_power_of_2(window_size[0] * window_size[1]))
+    return max(16, power_of_two(window_size[0] * window_size[1]))
 
 
 @operator
@@ -180,7 +180,7 @@ def attention_block(
     )
     tile, count = columns(channels)
     out = torch.empty_like(x)
-    windows_h, windows_w = -(-height // window_size[0]), -(-width // window_size[1])
+    windows_h, windows_w = cdiv(height, window_size[0]), cdiv(width, window_size[1])
     launch(
         _attention_block_kernel,
         batch * windows_h * windows_w,
@@ -194,7 +194,7 @@ def attention_block(
         SHIFT_W=shift_size[1],
         PADDED=bool(height % window_size[0] or width % window_size[1]),
         SLOTS=size,
-        BLOCK_D=max(16, triton.next_power_of_2(channels // heads)),
+        BLOCK_D=max(16, power_of_two(channels // heads)),
         TILE=tile,
         COUNT=count,
         PRECISION=precision(qkv_weight.dtype),

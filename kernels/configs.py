@@ -5,6 +5,8 @@ configs/default.json covers what an architecture's own table does not. Each row 
 """
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,24 @@ class Config(NamedTuple):
     source: str
 
 
+Choose = Callable[[str, dict[str, int]], Config | None]
+_choose: Choose | None = None
+
+
+@contextmanager
+def override(choose: Choose) -> Iterator[None]:
+    """Ask ``choose(kernel, shape)`` before the tables, which decide where it returns None: for tuning and tests.
+
+    It holds for every thread.
+    """
+    global _choose
+    before, _choose = _choose, choose
+    try:
+        yield
+    finally:
+        _choose = before
+
+
 def config(kernel: str, arch: str, precision: str, **shape: int) -> Config:
     """The configuration of a kernel for a shape.
 
@@ -40,17 +60,27 @@ def config(kernel: str, arch: str, precision: str, **shape: int) -> Config:
     Raises:
         KeyError: Not even the default table has a row that matches.
     """
-    # sizes that are symbols while a model is traced become what they are: a configuration is for one shape
-    return _config(kernel, arch, precision, **{name: int(size) for name, size in shape.items()})
+    if _choose is not None and (chosen := _choose(kernel, shape)) is not None:
+        return chosen
+    try:
+        return _config(kernel, arch, precision, **shape)
+    except TypeError:  # sizes that are symbols while a model is traced have no hash: a configuration is for one shape
+        return _config(kernel, arch, precision, **{name: int(size) for name, size in shape.items()})
 
 
 @lru_cache(maxsize=4096)
 def _config(kernel: str, arch: str, precision: str, **shape: int) -> Config:
     for table in (arch, "default"):
         for row in rows(table):
-            if row["kernel"] == kernel and precision in row["precision"] and _matches(row.get("when", {}), shape):
+            if row["kernel"] == kernel and precision in row["precision"] and matches(row.get("when", {}), shape):
                 return Config(row.get("blocks", {}), row.get("num_warps", 4), row.get("num_stages", 1), row["source"])
     raise KeyError(f"no configuration of {kernel} for {precision} on {arch} with {shape}")
+
+
+def forget() -> None:
+    """Read the tables anew at the next call: they were rewritten."""
+    rows.cache_clear()
+    _config.cache_clear()
 
 
 @cache
@@ -60,7 +90,7 @@ def rows(table: str) -> list[dict]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
 
 
-def _matches(when: dict[str, Any], shape: dict[str, int]) -> bool:
+def matches(when: dict[str, Any], shape: dict[str, int]) -> bool:
     """Whether a shape fits a row: {"channels": 96}, {"channels": [96, 128]} or, for at most, {"channels_max": 128}."""
     for key, wanted in when.items():
         if key.endswith("_max"):
@@ -71,14 +101,29 @@ def _matches(when: dict[str, Any], shape: dict[str, int]) -> bool:
     return True
 
 
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover a size."""
+    return -(-size // block)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least size."""
+    return 1 << (int(size) - 1).bit_length()
+
+
 def columns(channels: int, largest: int = 4096) -> tuple[int, int]:
     """How a row of channels is cut into one to three tiles of a power of two: (tile, tiles), the fewest wasted.
 
     96 * 2^k channels are three tiles with nothing wasted.
     """
+    return _columns(int(channels), largest)
+
+
+@cache
+def _columns(channels: int, largest: int) -> tuple[int, int]:
     choices = []
     for count in (1, 2, 3):
-        tile = max(16, 1 << (-(-channels // count) - 1).bit_length())
+        tile = max(16, power_of_two(cdiv(channels, count)))
         choices.append((tile * count, count, tile))
     _, count, tile = min(choice for choice in choices if choice[2] <= largest)
     return tile, count

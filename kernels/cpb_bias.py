@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config
+from .configs import Config, cdiv, power_of_two
 from .launch import check, check_vectors, launch, operator
 
 LOG2_E = 1.4426950408889634
@@ -151,7 +151,7 @@ def cpb_bias(
     by_offset = torch.empty((heads, offsets), dtype=torch.float32, device=device)
     launch(
         _offsets_kernel,
-        heads * triton.cdiv(offsets, BLOCK),
+        heads * cdiv(offsets, BLOCK),
         *(fc1_weight, fc1_bias, fc2_weight, fc2_bias, by_offset),
         WINDOW_H=window_h,
         WINDOW_W=window_w,
@@ -163,10 +163,10 @@ def cpb_bias(
     types = 4 if shift_h or shift_w else 1
     table_dtype = torch.float32 if (dtype or fc1_weight.dtype) == torch.float32 else torch.float16
     out = torch.empty((types, heads, queries, keys), dtype=table_dtype, device=device)
-    block_m, block_n = (min(64, triton.next_power_of_2(size)) for size in (queries, keys))
+    block_m, block_n = (min(64, power_of_two(size)) for size in (queries, keys))
     launch(
         _table_kernel,
-        types * heads * triton.cdiv(queries, block_m) * triton.cdiv(keys, block_n),
+        types * heads * cdiv(queries, block_m) * cdiv(keys, block_n),
         *(by_offset, out),
         HEADS=heads,
         WINDOW_H=window_h,

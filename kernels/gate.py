@@ -136,29 +136,36 @@ def _binder(kernel: Any, arch: str) -> tuple[Any, Any]:
 
 def measure(job: Job) -> Measured:
     """Compile one job. Triton's own cache is left alone: thousands of kernels that nothing will run would fill it."""
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        return compile_ahead(job)
+
+
+def compile_ahead(job: Job) -> Measured:
+    """Compile one job into Triton's cache, where a launch on such a GPU finds it."""
     kernel = getattr(importlib.import_module(job.module), job.function)
     source = ASTSource(kernel, job.signature, job.constants, job.attrs)
     options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
-    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
-        triton.knobs.cache.dir = folder
-        try:
-            compiled = triton.compile(source, target=ARCHS[job.arch].target, options=options)
-        except Exception as error:  # whatever a compiler throws is what the row reports
-            return Measured(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:200])
-        assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
-        if "cubin" in compiled.asm:
-            registers, spilled = _cuda_resources(compiled.asm["cubin"], Path(folder, "kernel.cubin"))
-        else:
-            registers, spilled = _amd_resources(assembly)
-        product = next((name for name, text in PRODUCTS.items() if text in assembly), "")
-        tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-        return Measured(registers, spilled, compiled.metadata.shared, tensor_memory, product)
+    try:
+        compiled = triton.compile(source, target=ARCHS[job.arch].target, options=options)
+    except Exception as error:  # whatever a compiler throws is what the row reports
+        return Measured(error=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200])
+    assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
+    if "cubin" in compiled.asm:
+        registers, spilled = _cuda_resources(compiled.asm["cubin"])
+    else:
+        registers, spilled = _amd_resources(assembly)
+    product = next((name for name, text in PRODUCTS.items() if text in assembly), "")
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Measured(registers, spilled, compiled.metadata.shared, tensor_memory, product)
 
 
-def _cuda_resources(cubin: bytes, file: Path) -> tuple[int, int]:
+def _cuda_resources(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes on the stack): spills are the only use of it."""
-    file.write_bytes(cubin)
-    text = subprocess.run([CUOBJDUMP, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 

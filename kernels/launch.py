@@ -23,6 +23,7 @@ LARGEST_ROWS = 2**31 - 2**16  # row numbers are 32-bit integers, offsets 64-bit
 INTERPRETED = triton.knobs.runtime.interpret
 OWN_DTYPE = ("table", "scale", "shift")  # parameters whose dtype is not that of the others
 AUTOCAST_DEVICES = ("cpu", "cuda")
+HERE = nullcontext()
 _LIBRARY = torch.library.Library("swinfast", "FRAGMENT")
 
 
@@ -76,17 +77,13 @@ def launch(kernel: Any, programs: int, *args: Any, config: Config, **constants: 
         return
     if not programs:
         return
-    if tensor.is_cuda:
-        here = tensor.device.index == torch.cuda.current_device()
-        context = nullcontext() if here else torch.cuda.device(tensor.device)
-    elif INTERPRETED:
-        context = nullcontext()
-    else:
+    if not (tensor.is_cuda or INTERPRETED):
         raise RuntimeError(
             f"Triton kernels run on a GPU, got tensors on {tensor.device}; "
             "on a CPU they run only in Triton's interpreter, with TRITON_INTERPRET=1 set before triton is imported"
         )
-    with context:
+    elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    with torch.cuda.device(tensor.device) if elsewhere else HERE:
         kernel[(programs,)](*args, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
@@ -107,10 +104,7 @@ def check(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor
     Raises:
         ValueError: It names the argument, what came and what was expected.
     """
-    fits = tensor.dim() == len(shape) and all(
-        want is None or got == want for got, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
+    if tensor.shape != shape and not _fits(tensor.shape, shape):
         expected = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
     if not tensor.is_contiguous():
@@ -123,6 +117,12 @@ def check(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor
         raise ValueError(f"{name} must be {like.dtype} as the other arguments, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} as the other arguments, got {tensor.device}")
+
+
+def _fits(got: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    if len(got) != len(wanted):
+        return False
+    return all(want is None or size == want for size, want in zip(got, wanted, strict=True))
 
 
 def check_weight(name: str, weight: Tensor, shape: tuple[int | None, ...], x: Tensor) -> None:
@@ -181,7 +181,7 @@ def operator(launcher: Callable[..., Tensor]) -> Callable[..., Tensor]:
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and not torch._C._len_torch_dispatch_stack()
-            and not (first.device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(first.device.type))
+            and not torch._C._is_any_autocast_enabled()
         )
         return launcher(*args, **kwargs) if plain else op(*args, **kwargs)
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import config
+from .configs import cdiv, config
 from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
 from .tiles import dot, gelu, load_transposed
 
@@ -84,7 +84,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     block_m, block_n = chosen.blocks["BLOCK_M"], chosen.blocks["BLOCK_N"]
     launch(
         _linear_kernel,
-        triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n),
+        cdiv(rows, block_m) * cdiv(columns, block_n),
         *(x, weight, weight if bias is None else bias, out, rows),
         N=columns,
         K=k,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import columns, config
+from .configs import cdiv, columns, config
 from .launch import (
     arch_of,
     check,
@@ -126,7 +126,7 @@ def linear_norm_residual(
     tile, count = columns(channels)
     launch(
         _linear_norm_residual_kernel,
-        triton.cdiv(rows, chosen.blocks["BLOCK_M"]),
+        cdiv(rows, chosen.blocks["BLOCK_M"]),
         *(x, weight, bias, norm_weight, norm_bias, residual),
         *((extra_weight, extra_bias) if has_extra else (norm_weight, norm_bias)),
         *(out, rows, eps, extra_eps),

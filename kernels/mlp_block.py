@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import columns, config
+from .configs import cdiv, columns, config
 from .launch import (
     arch_of,
     check,
@@ -133,7 +133,7 @@ def mlp_block(
     tile, count = columns(channels)
     launch(
         _mlp_block_kernel,
-        triton.cdiv(rows, chosen.blocks["BLOCK_M"]),
+        cdiv(rows, chosen.blocks["BLOCK_M"]),
         *(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias),
         *((extra_weight, extra_bias) if has_extra else (norm_weight, norm_bias)),
         *(out, rows, eps, extra_eps),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import columns, config
+from .configs import cdiv, columns, config
 from .launch import (
     arch_of,
     check,
@@ -99,7 +99,7 @@ def norm_residual(
     tile, count = columns(channels)
     launch(
         _norm_residual_kernel,
-        triton.cdiv(rows, chosen.blocks["BLOCK_M"]),
+        cdiv(rows, chosen.blocks["BLOCK_M"]),
         *(x, norm_weight, norm_bias, residual),
         *((extra_weight, extra_bias) if has_extra else (norm_weight, norm_bias)),
         *(out, rows, eps, extra_eps),

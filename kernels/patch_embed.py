@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import columns, config
+from .configs import cdiv, columns, config
 from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
 from .tiles import add_vector, dot, layer_norm, load_transposed, store_rows, zeros
 
@@ -136,7 +136,7 @@ def patch_embed(
     tile, count = columns(channels)
     launch(
         _patch_embed_kernel,
-        triton.cdiv(rows, chosen.blocks["BLOCK_M"]),
+        cdiv(rows, chosen.blocks["BLOCK_M"]),
         images,
         *((weight, weight) if scale is None else (scale, shift)),
         *(weight, weight if bias is None else bias),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import config
+from .configs import cdiv, config
 from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
 from .tiles import dot, load_transposed
 
@@ -117,7 +117,7 @@ def patch_merging(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
     chosen = config("patch_merging", arch_of(x.device), precision_name(weight.dtype), channels=channels)
     launch(
         _patch_merging_kernel,
-        triton.cdiv(rows, chosen.blocks["BLOCK_M"]) * triton.cdiv(reduced, chosen.blocks["BLOCK_N"]),
+        cdiv(rows, chosen.blocks["BLOCK_M"]) * cdiv(reduced, chosen.blocks["BLOCK_N"]),
         *(x, norm_weight, norm_bias, weight, out, rows, height, width, eps),
         C=channels,
         N=reduced,

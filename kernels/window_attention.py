@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, config
+from .configs import Config, cdiv, config, power_of_two
 from .launch import arch_of, check, check_rows, check_weight, launch, operator, precision, precision_name
 from .tiles import dot
 
@@ -203,12 +203,12 @@ def attention_config(
         (configuration, (queries, keys) with the padding to whole blocks, keys of the last, smaller block).
     """
     tokens = window_size[0] * window_size[1]
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, power_of_two(head_dim))
     chosen = config("window_attention", arch, precision_name, tokens=tokens, block_d=block_d)
     block_m, block_n = chosen.blocks["BLOCK_M"], chosen.blocks["BLOCK_N"]
     whole = tokens // block_n * block_n
-    tail = max(16, triton.next_power_of_2(tokens - whole)) if tokens > whole else 0
-    return chosen, (triton.cdiv(tokens, block_m) * block_m, whole + tail), tail
+    tail = max(16, power_of_two(tokens - whole)) if tokens > whole else 0
+    return chosen, (cdiv(tokens, block_m) * block_m, whole + tail), tail
 
 
 @torch.compiler.assume_constant_result
@@ -263,7 +263,7 @@ def window_attention(
     table_dtype = torch.float32 if qkv.dtype == torch.float32 else torch.float16
     check_table(table, (types, heads, queries, keys), table_dtype, qkv.device)
     out = torch.empty((batch, height, width, channels), dtype=qkv.dtype, device=qkv.device)
-    windows_h, windows_w = -(-height // window_size[0]), -(-width // window_size[1])
+    windows_h, windows_w = cdiv(height, window_size[0]), cdiv(width, window_size[1])
     launch(
         _window_attention_kernel,
         batch * windows_h * windows_w * heads * (queries // chosen.blocks["BLOCK_M"]),
@@ -277,7 +277,7 @@ def window_attention(
         PADDED=bool(height % window_size[0] or width % window_size[1]),
         QUERIES=queries,
         KEYS=keys,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_D=max(16, power_of_two(head_dim)),
         PRECISION=precision(qkv.dtype),
         TAIL=tail,
         config=chosen,

@@ -5,9 +5,11 @@ activations in millions, multiply-adds in 10^9 (swinfast/counts.py). peak_memory
 where nothing was measured.
 """
 
+import contextlib
 import csv
 import functools
 import importlib.util
+import os
 import subprocess
 from collections.abc import Mapping
 from datetime import date, datetime
@@ -112,17 +114,17 @@ def check_header(path: Path) -> None:
 
 @functools.cache
 def commit_of_this() -> str:
-    """The commit that is measured, marked where files differ from it; an installed package's version, as v0.1.0."""
+    """The commit that is measured, marked where files differ from it.
+
+    In a copy without git's history it is what SWINFAST_COMMIT says, else the version, as v0.1.0.
+    """
     root = Path(__file__).parents[1]
+    described = ""
     if (root / ".git").exists():
         command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-        try:
+        with contextlib.suppress(OSError):
             described = subprocess.run(command, capture_output=True, text=True, cwd=root).stdout.strip()
-        except OSError:
-            described = ""
-        if described:
-            return described
-    return f"v{__version__}"
+    return described or os.environ.get("SWINFAST_COMMIT") or f"v{__version__}"
 
 
 @functools.cache

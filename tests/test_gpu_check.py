@@ -1,56 +1,193 @@
-"""The script for a first visit to a GPU, tried without one."""
+"""The script for a first visit to a GPU, tried without one, on steps that stand in for its own."""
 
+import os
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from bench import gpu_check
+from bench import gpu_check, kernels, overhead, sanitize, tune
+from bench.gpu_check import STEPS, Missing, Step, Visit
 
-FAILING = "def test_wrong():\n    assert False\n"
-PASSING = "def test_right():\n    pass\n\n\ndef test_mutants():\n    assert False\n"
-ENDLESS = "import time\n\n\ndef test_slow():\n    time.sleep(60)\n"
+PARSERS = {
+    "bench.kernels": kernels._parser,
+    "bench.overhead": overhead._parser,
+    "bench.sanitize": sanitize._parser,
+    "bench.tune": tune._parser,
+}
+SAYS = "print('all of it'); print('last words')"
+FAILS = "import sys; print('FAILED test_one'); print('noise'); print('1 failed'); sys.exit(3)"
+WAITS = "import time; print('began', flush=True); time.sleep(60)"
+HAS_A_CHILD = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def step(*scripts: str, share: float = 1.0, lines: int = 2) -> Step:
+    return Step(share, lambda visit: [(sys.executable, "-c", script) for script in scripts], lines)
 
 
 @pytest.fixture
 def check(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_check, "run_models", lambda deadline, output: gpu_check.Outcome("models", True, "", 0.0))
+    monkeypatch.setattr(gpu_check, "LAST_WORDS", 0.5)
+    monkeypatch.setattr(gpu_check, "FOLDER", tmp_path)
 
-    def run(*texts: str, minutes: float = 1.0) -> tuple[int, str, str]:
-        files = [tmp_path / f"test_{number}.py" for number in range(len(texts))]
-        for file, text in zip(files, texts, strict=True):
-            file.write_text(text, encoding="utf-8")
+    def run(minutes: float = 1.0, **steps: Step) -> tuple[int, str, str]:
+        monkeypatch.setattr(gpu_check, "STEPS", steps)
         output = tmp_path / "out"
-        arguments = ["--output", str(output), "--minutes", str(minutes), "--tests", *map(str, files)]
-        status = gpu_check.main(arguments)
-        return status, (output / "summary.txt").read_text(encoding="utf-8"), (output / "tests.txt").read_text()
+        status = gpu_check.main(["--output", str(output), "--minutes", str(minutes), "--steps", *steps])
+        return status, (output / "summary.txt").read_text(encoding="utf-8"), (output / "log.txt").read_text()
 
     return run
 
 
-def test_all_is_well(check):
-    status, summary, log = check(PASSING)
+def test_all_is_well(check, capsys):
+    status, summary, log = check(one=step(SAYS, lines=1), two=step(SAYS, SAYS))
     assert status == 0
-    assert "ok   test_0.py" in summary
-    assert "1 passed, 1 deselected" in log  # mutants are left out
+    assert "one: ok" in summary and "two: ok" in summary
+    assert summary.count("last words") == 2 and summary.count("all of it") == 1
+    assert log.count("\nall of it") == 3
+    assert summary.strip().endswith("all is well")
+    assert capsys.readouterr().out == summary
 
 
-def test_failures_are_named(check):
-    status, summary, log = check(PASSING, FAILING)
+def test_failures_are_named_and_the_rest_goes_on(check):
+    status, summary, _ = check(one=step(FAILS, SAYS), two=step(SAYS))
     assert status == 1
-    assert "ok   test_0.py" in summary
-    assert "FAIL test_1.py" in summary
-    assert "1 failed" in summary
-    assert "assert False" in log
+    assert "one: FAILED (exit status 3)" in summary
+    assert "    FAILED test_one" in summary  # though it is not among the last lines
+    assert "two: ok" in summary
+    assert "NOT WELL: one FAILED" in summary
 
 
 def test_time_runs_out(check):
-    status, summary, _ = check(ENDLESS, minutes=0.03)
+    status, summary, log = check(minutes=0.15, one=step(WAITS, share=0.1), two=step(SAYS, share=0.9))
     assert status == 1
-    assert "FAIL test_0.py" in summary
-    assert "out of time" in summary
+    assert "one: out of time" in summary
+    assert "began" in log
+    assert "two: ok" in summary
 
 
-def test_the_tests_exist():
-    names = {file.name for file in gpu_check.TESTS}
-    assert {"test_window_attention.py", "test_mlp_block.py", "test_triton_backend.py", "test_gpu.py"} <= names
-    assert all(Path(file).exists() for file in gpu_check.TESTS)
+def test_a_script_that_stops_in_time(check):
+    status, summary, _ = check(one=step("import sys; print('3 left'); sys.exit(75)"), two=step(SAYS))
+    assert status == 1
+    assert "one: out of time" in summary and "3 left" in summary and "two: ok" in summary
+
+
+def test_no_time_is_left(check):
+    status, summary, _ = check(minutes=0.01, one=step(SAYS))
+    assert status == 1
+    assert "one: out of time: not started" in summary
+
+
+def test_children_of_children_die(check):
+    _, _, log = check(minutes=0.06, one=step(HAS_A_CHILD))
+    child = next(int(line) for line in log.splitlines() if line.isdigit())
+    deadline = time.monotonic() + 10
+    while _is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _is_running(child)
+
+
+def _is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_is_missing_is_left_out(check):
+    def nothing(visit):
+        raise Missing("no such tool")
+
+    unknown = Step(1.0, lambda visit: [("/no/such/program",)], 1)
+    status, summary, _ = check(one=Step(1.0, nothing, 1), two=unknown, three=step(SAYS))
+    assert status == 1
+    assert "one: left out: no such tool" in summary
+    assert "two: missing: " in summary and "/no/such/program" in summary
+    assert "three: ok" in summary
+    assert "NOT WELL: two missing" in summary
+
+
+def test_a_table_that_changed_is_kept(check, tmp_path):
+    table = gpu_check.FOLDER / gpu_check._table().name
+    status, _, _ = check(one=step(f"open({str(table)!r}, 'w').write('[]')"))
+    assert status == 0
+    assert (tmp_path / "out" / table.name).read_text() == "[]"
+
+
+def test_an_endless_log_is_cut(check, monkeypatch):
+    monkeypatch.setattr(gpu_check, "LARGEST_LOG", 4000)
+    _, _, log = check(one=step("print('first'); print('x' * 20000); print('last')"))
+    assert len(log) <= 4100
+    assert "first" in log and "last" in log
+
+
+def test_summary_fits_a_screen(check):
+    long = "print(*range(200), sep='\\n'); print('y' * 500)"
+    _, summary, _ = check(**{f"step{n}": step(long, share=0.1, lines=40) for n in range(3)})
+    lines = summary.splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 160
+    assert sum(step.lines + 1 for step in STEPS.values()) + 2 <= 60
+
+
+@pytest.fixture
+def options(monkeypatch):
+    monkeypatch.setattr(gpu_check, "_help", lambda module: "--minutes MINUTES --output FILE --dtypes --batch-sizes")
+    monkeypatch.setattr(gpu_check, "_processes", lambda: 15)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{Path(name).name}")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_commands(name, gpu, tmp_path, options, monkeypatch):
+    """Each step runs modules and files that exist, with options that they have, within its time."""
+    monkeypatch.setattr(gpu_check, "GPU", gpu)
+    monkeypatch.setattr(gpu_check, "_table", lambda: tmp_path / "sm_90.json")
+    (tmp_path / "sm_90.json").touch()
+    if name == "tune" and not gpu:
+        with pytest.raises(Missing, match="needs a GPU"):
+            STEPS[name].commands(Visit(tmp_path, 2.0))
+        return
+    commands = STEPS[name].commands(Visit(tmp_path, 2.0))
+    assert commands
+    for command in commands:
+        assert all((gpu_check.ROOT / word).exists() for word in command if word.startswith("tests/"))
+        if "--minutes" in command:
+            assert 0 < float(command[command.index("--minutes") + 1]) < 2.0
+        if sys.executable in command:
+            module, *rest = command[command.index("-m") + 1 :]
+            if module in PARSERS:
+                PARSERS[module]().parse_args(rest)
+            else:
+                assert module in ("pytest", "bench.models", "bench.peaks")
+
+
+def test_options_that_a_script_has(options):
+    (command,) = STEPS["models"].commands(Visit(Path("folder"), 2.0))
+    assert "--device" not in command and "--rounds" not in command  # that of the stand-in's help has neither
+    assert "--batch-sizes" in command
+    assert command[command.index("--output") + 1] == "folder/models.csv"
+
+
+def test_tests_for_a_gpu_are_found():
+    (command,) = STEPS["model-tests"].commands(Visit(Path(), 1.0))
+    assert {"tests/test_triton_backend.py", "tests/test_gpu.py"} <= set(command)
+    (command,) = STEPS["kernel-tests"].commands(Visit(Path(), 1.0))
+    assert {"tests/kernels/test_window_attention.py", "tests/kernels/test_mlp_block.py"} <= set(command)
+    assert "not mutant" in command
+
+
+def test_files_that_come_back(options):
+    """At most eight: a device that others lend may return no more."""
+    names = {"summary.txt", "log.txt", gpu_check._table().name}
+    for name in ("models", "kernels", "overhead"):
+        (*_, command) = STEPS[name].commands(Visit(Path("folder"), 1.0))
+        names |= {os.path.basename(word) for word in command if word.startswith("folder")}  # noqa: PTH119
+    assert len(names | {"models_tuned.csv", "tune.jsonl"}) == 8

@@ -112,6 +112,17 @@ def test_committed_files_can_be_added_to(file):
     assert {len(row) for row in rows} == {len(COLUMNS)}
 
 
+def test_commit_of_a_copy_without_history(monkeypatch):
+    commit_of_this.cache_clear()
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    monkeypatch.setenv("SWINFAST_COMMIT", "abc")
+    assert commit_of_this() == "abc"
+    commit_of_this.cache_clear()
+    monkeypatch.delenv("SWINFAST_COMMIT")
+    assert commit_of_this() == f"v{swinfast.__version__}"
+    commit_of_this.cache_clear()
+
+
 def test_versions():
     assert torch.__version__.startswith(version_of("torch"))
     assert version_of("no_such_package") is None

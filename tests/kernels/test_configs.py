@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from swinfast.kernels import configs
-from swinfast.kernels.configs import ARCHITECTURES, FOLDER, columns, config
+from swinfast.kernels.configs import ARCHITECTURES, FOLDER, Config, columns, config, override
 
 PRECISIONS = ("float16", "bfloat16", "float32", "tf32")
 BLOCKS = {
@@ -74,6 +74,24 @@ def test_first_row_that_matches(monkeypatch, arch, shape, source):
 def test_no_configuration():
     with pytest.raises(KeyError, match=r"no configuration of linear for float64 on sm_90 with {'k': 8, 'n': 8}"):
         config("linear", "sm_90", "float64", k=8, n=8)
+
+
+def test_override():
+    wanted, asked = Config({"BLOCK_M": 16}, 1, 1, "a test"), []
+
+    def choose(kernel, shape):
+        asked.append((kernel, shape))
+        return wanted if kernel == "norm_residual" else None
+
+    usual = config("norm_residual", "sm_90", "float16", channels=96)
+    with override(choose):
+        assert config("norm_residual", "sm_90", "float16", channels=96) is wanted
+        assert config("linear", "sm_90", "float16", k=96, n=96).source != "a test"
+        with override(lambda kernel, shape: None):
+            assert config("norm_residual", "sm_90", "float16", channels=96) == usual
+        assert config("norm_residual", "sm_90", "float16", channels=96) is wanted
+    assert config("norm_residual", "sm_90", "float16", channels=96) == usual
+    assert asked[:2] == [("norm_residual", {"channels": 96}), ("linear", {"k": 96, "n": 96})]
 
 
 def is_power_of_two(size: int) -> bool:

@@ -1,0 +1,88 @@
+"""Which configurations of a kernel are worth trying: the whole grid around what is plausible, the nearest first."""
+
+import itertools
+import math
+
+import triton
+from swinfast.kernels.configs import Config, columns
+from swinfast.kernels.gate import ARCHS
+from swinfast.kernels.shapes import PRECISIONS
+
+GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
+    "linear": {
+        "BLOCK_M": (32, 64, 128, 256), "BLOCK_N": (64, 128, 256), "BLOCK_K": (16, 32, 64, 128),
+        "num_warps": (4, 8), "num_stages": (2, 3, 4, 5),
+    },
+    "linear_norm_residual": {
+        "BLOCK_M": (16, 32, 64, 128), "BLOCK_K": (16, 32, 64, 128), "num_warps": (4, 8, 16), "num_stages": (2, 3, 4),
+    },
+    "norm_residual": {"BLOCK_M": (1, 2, 4, 8, 16, 32), "num_warps": (1, 2, 4, 8), "num_stages": (1,)},
+    "mlp_block": {
+        "BLOCK_M": (32, 64, 128), "BLOCK_HIDDEN": (16, 32, 64, 128), "num_warps": (4, 8, 16), "num_stages": (1, 2, 3),
+    },
+    "patch_embed": {
+        "BLOCK_M": (32, 64, 128, 256), "BLOCK_K": (16, 32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3),
+    },
+    "patch_merging": {
+        "BLOCK_M": (32, 64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (16, 32, 64, 128),
+        "num_warps": (4, 8), "num_stages": (2, 3, 4),
+    },
+    "window_attention": {
+        "BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (16, 32, 64, 128), "num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3),
+    },
+    "attention_block": {"num_warps": (4, 8, 16), "num_stages": (1, 2, 3)},
+}  # fmt: skip
+LAUNCH = ("num_warps", "num_stages")
+WASTE = 1.34  # columns computed over columns wanted
+PER_THREAD = (4, 256)  # float32 sums that a thread keeps
+
+
+def candidates(
+    kernel: str, sizes: dict[str, int], precision: str, present: Config, arch: str, most: int = 24
+) -> list[Config]:
+    """Configurations to try, the present one first, then by how far they are from it.
+
+    Args:
+        kernel: Its name; sizes: what its configuration is looked up by.
+        most: So many beside the present one.
+    """
+    grid = GRIDS[kernel]
+    found = []
+    for values in itertools.product(*grid.values()):
+        settings = dict(zip(grid, values, strict=True))
+        blocks = {name: size for name, size in settings.items() if name not in LAUNCH}
+        candidate = Config(blocks, settings["num_warps"], settings["num_stages"], "a candidate")
+        if candidate[:3] != present[:3] and plausible(kernel, sizes, precision, candidate, arch):
+            found.append(candidate)
+    found.sort(key=lambda one: _distance(one, present))
+    return [present, *found[:most]]
+
+
+def plausible(kernel: str, sizes: dict[str, int], precision: str, candidate: Config, arch: str) -> bool:
+    """Whether a configuration may fit the kernel and the architecture: what is left is for the compiler to say."""
+    blocks, threads = candidate.blocks, 32 * candidate.num_warps
+    if "k" in sizes and blocks.get("BLOCK_K", 0) > triton.next_power_of_2(sizes["k"]):
+        return False
+    if kernel == "window_attention":
+        tokens = max(16, triton.next_power_of_2(sizes["tokens"]))
+        if max(blocks["BLOCK_M"], blocks["BLOCK_N"]) > tokens:
+            return False
+        return blocks["BLOCK_M"] * max(blocks["BLOCK_N"], sizes["block_d"]) <= PER_THREAD[1] * threads // 2
+    if kernel == "attention_block":
+        return True
+    width = blocks.get("BLOCK_N") or math.prod(columns(sizes["channels"]))
+    if "n" in sizes and -(-sizes["n"] // width) * width > WASTE * max(sizes["n"], 64):
+        return False
+    if not PER_THREAD[0] <= blocks["BLOCK_M"] * width / threads <= PER_THREAD[1]:
+        return False
+    if kernel == "norm_residual":
+        return True
+    depth = blocks.get("BLOCK_K") or blocks["BLOCK_HIDDEN"]
+    stage_bytes = (blocks["BLOCK_M"] + width) * depth * PRECISIONS[precision].itemsize
+    return stage_bytes * candidate.num_stages <= ARCHS[arch].shared_per_program if arch in ARCHS else True
+
+
+def _distance(one: Config, other: Config) -> float:
+    """Doublings of blocks and warps, and stages, that lie between two configurations."""
+    steps = sum(abs(math.log2(size / other.blocks.get(name, size))) for name, size in one.blocks.items())
+    return steps + abs(math.log2(one.num_warps / other.num_warps)) + abs(one.num_stages - other.num_stages)

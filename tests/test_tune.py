@@ -1,0 +1,355 @@
+"""The tuning sweep, with times that are made up: what it tries, what it writes, and how it goes on after a stop."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from swinfast.kernels import configs
+from swinfast.kernels.configs import FOLDER, Config, config
+from swinfast.kernels.gate import Measured
+from swinfast.kernels.patch_embed import patch_embed
+
+from bench import OUT_OF_TIME, config_tables, forms, tune
+from bench.candidates import GRIDS, candidates
+from bench.cases import FORMS, cases_of, choose_forms, meta_model
+from bench.targets import Log, find_targets, tile
+
+ABOUT = {"device": "a card", "torch": "1", "triton": "2", "source": "measured"}
+PRESENT = Config({"BLOCK_M": 8}, 4, 1, "a test")
+CPU = torch.device("cpu")
+
+
+def chosen() -> Config:
+    """The configuration that is being tried: the timers here go by it."""
+    return config("norm_residual", "sm_90", "float16", channels=32)
+
+
+def fewer_stages_are_faster(function, rep=0) -> float:
+    return 1e-6 * chosen().num_stages
+
+
+def all_are_the_same(function, rep=0) -> float:
+    return 1e-6
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs the script for one kernel; the table and the log are files of the test."""
+
+    def run(timer, *options: str) -> tuple[int, Path, list[dict]]:
+        table, log = tmp_path / "sm_90.json", tmp_path / "log.jsonl"
+        arguments = ["--kernels", "patch_embed", "--candidates", "4", "--table", str(table), "--log", str(log)]
+        status = tune.main([*arguments, *options], timer_of=lambda device: timer)
+        configs.forget()
+        return status, table, [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+    return run
+
+
+def test_the_fastest_becomes_a_row(run, capsys):
+    status, table, log = run(fewer_stages_are_faster)
+    assert status == 0
+    rows = json.loads(table.read_text(encoding="utf-8"))
+    assert [(row["kernel"], row["when"]) for row in rows] == [("patch_embed", {"channels": 32, "k": 12})]
+    assert rows[0]["num_stages"] == 1
+    assert rows[0]["precision"] == ["float16", "bfloat16"]
+    assert "1.0 us against 2.0 us of 64x16 w4 s2" in rows[0]["source"]
+    assert {entry["outcome"] for entry in log} == {"timed", "final"}
+    assert all(entry["torch"] == torch.__version__ and entry["device"] for entry in log)
+    assert "1 of 1 targets, 1 rows; no measurement: no GPU" in capsys.readouterr().out
+    spec = importlib.util.spec_from_file_location("rules", Path(__file__).with_name("kernels") / "test_configs.py")
+    rules = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rules)
+    rules.test_tables(table)
+
+
+def test_nothing_is_written_where_nothing_wins(run):
+    status, table, log = run(all_are_the_same)
+    assert status == 0
+    assert not table.exists()
+    assert [entry["wins"] for entry in log if entry["outcome"] == "final"] == [False]
+
+
+def test_resume(run):
+    """What is known is not timed again, and gives the same table."""
+    _, table, log = run(fewer_stages_are_faster)
+    before = table.read_text(encoding="utf-8")
+    table.unlink()
+
+    def timer(function, rep=0):
+        raise AssertionError("timed again")
+
+    _, _, again = run(timer, "--resume")
+    assert again == log
+    assert table.read_text(encoding="utf-8") == before
+
+
+def test_resume_within_a_target(run, tmp_path):
+    """A run that was killed: candidates with an outcome are left, half a line is dropped."""
+    _, _, log = run(fewer_stages_are_faster)
+    kept = [entry for entry in log if entry["outcome"] == "timed"][:3]
+    lines = [json.dumps(entry) for entry in kept]
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, lines[0][:20]]), encoding="utf-8")
+    _, _, again = run(fewer_stages_are_faster, "--resume")
+    assert again[:3] == kept
+    new = [(entry["target"], entry["config"]) for entry in again[3:] if entry["outcome"] == "timed"]
+    assert (kept[1]["target"], kept[1]["config"]) not in new
+    assert (kept[0]["target"], kept[0]["config"]) in new  # the present choice is always measured beside the others
+    assert len(new) == len([entry for entry in log if entry["outcome"] == "timed"]) - 2
+
+
+def test_without_time(run, capsys):
+    _, table, _ = run(fewer_stages_are_faster, "--resume")
+    table.unlink()
+    (table.parent / "log.jsonl").write_text("")
+    status, table, log = run(fewer_stages_are_faster, "--resume", "--minutes", "0")
+    assert status == OUT_OF_TIME
+    assert not log and not table.exists()
+    assert "out of time: left for --resume: 1 targets" in capsys.readouterr().out
+
+
+def test_wrong_and_failing_candidates_are_named(run, monkeypatch):
+    def operation(**arguments):
+        out = patch_embed(**arguments)
+        if chosen().num_stages == 1:
+            raise RuntimeError("out of resource: shared memory\nand more")
+        return out * 1.01 if chosen().num_stages == 3 else out
+
+    monkeypatch.setattr(tune, "operation", lambda case: operation)
+    _, table, log = run(fewer_stages_are_faster)
+    found = {entry["config"]: entry["outcome"] for entry in log}
+    assert found["64x16 w4 s2"] == "timed"
+    assert found["64x16 w4 s1"] == "failed: RuntimeError: out of resource: shared memory"
+    assert found["64x16 w4 s3"].startswith("wrong: rms error")
+    assert found["final"] == "final"
+    assert not table.exists()
+
+
+def test_a_lost_context_goes_on_in_a_new_process(run, monkeypatch, tmp_path):
+    def operation(**arguments):
+        if chosen().num_stages < 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return patch_embed(**arguments)
+
+    def execv(program, arguments):
+        started.append(arguments)
+        raise SystemExit
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(tune, "operation", lambda case: operation)
+    monkeypatch.setattr(os, "execv", execv)
+    for _ in range(4):  # all but the last candidate lose it, the present choice among them
+        with pytest.raises(SystemExit):
+            run(all_are_the_same, "--resume")
+    status, _, log = run(all_are_the_same, "--resume")
+    assert status == 0
+    assert started[0][1:3] == ["-m", "bench.tune"]
+    assert started[0][-3] == "--resume" and started[0][-2] == "--minutes"
+    crashed = [entry["config"] for entry in log if entry["outcome"].startswith("crashed")]
+    assert len(crashed) == 4 and len(set(crashed)) == 4  # none is tried again
+    assert log[-1]["best"] == "64x16 w4 s3" and log[-1]["present_us"] is None
+
+
+def test_refused_candidates_are_not_run(tmp_path):
+    (target,) = find_targets(["small"], 1, ["float16"], "sm_90", ["patch_embed"])
+    tried = candidates("patch_embed", dict(target.sizes), "float16", target.present, "sm_90", 2)
+    log, ran = Log(tmp_path / "log", ABOUT, resume=False), []
+
+    class Bench(tune.Bench):
+        def quick(self, tried, done):
+            ran.extend(tried)
+            for one in tried:
+                done(one, 10.0)
+
+    timer = all_are_the_same
+    tune.tune_target(target, tried, ["spills", "spills", ""], Bench(target, CPU, timer), log)
+    assert ran == [tried[0], tried[2]]  # the present choice is in use, whatever the compiler says
+    assert log.of(target)[tile(tried[1])]["outcome"] == "refused: spills"
+    unused = target._replace(in_use=False)
+    ran.clear()
+    log = Log(tmp_path / "log2", ABOUT, resume=False)
+    final = tune.tune_target(unused, tried, ["spills", "spills", ""], Bench(unused, CPU, timer), log)
+    assert ran == [tried[2]]
+    assert final.wins and final.present_us is None
+
+
+@pytest.mark.parametrize(
+    ("times", "wins", "best"),
+    [
+        ([[10, 10, 10], [9, 9, 9]], True, 1),
+        ([[10, 10, 10], [9.85, 9.85, 9.85]], False, 0),  # less than 2 %
+        ([[9, 10, 11], [9, 9, 9]], False, 0),  # less than the noise
+        ([[10, 10, 10], [12, 12, 12]], False, 0),
+        ([[10, 10, 10], [9, 9, 9], [8, 8, 8]], True, 2),
+    ],
+)
+def test_decide(times, wins, best):
+    target = find_targets(["small"], 1, ["float16"], "sm_90", ["patch_embed"])[0]
+    tried = [Config({"BLOCK_M": 1 << n, "BLOCK_K": 16}, 4, 1, "") for n in range(len(times))]
+    final = tune.decide(target, tried, [[one] for one in times], present=True)
+    assert (final.wins, final.best) == (wins, tried[best])
+    assert final.present_us == 10
+    assert tune.decide(target, tried, [[one] for one in times], present=False).wins
+
+
+def test_compilers_say_why_a_candidate_is_refused(monkeypatch):
+    """Of each candidate all cases are compiled, and the first problem counts; a compiler that hangs is one."""
+    results = {16: Measured(registers=10, product="wgmma"), 32: Measured(registers=10, spilled=8, product="wgmma")}
+
+    class Result:
+        def __init__(self, job):
+            self.job = job
+
+        def get(self, timeout):
+            if self.job == 64:
+                raise TimeoutError
+            return results[self.job]
+
+    class Pool:
+        def apply_async(self, function, arguments):
+            return Result(arguments[0].named["BLOCK_K"])
+
+    class Job:
+        def __init__(self, config):
+            self.arch, self.num_warps, self.precision, self.key = "sm_90", 4, "float16", tile(config)
+            self.named = {"PRECISION": "ieee", "BLOCK_M": 64, "BLOCK_K": config.blocks["BLOCK_K"]}
+
+    monkeypatch.setattr(tune, "job_of", lambda launched, arch, precision: Job(launched))
+    monkeypatch.setattr(tune, "launch_of", lambda case, config, arch: config)
+    (target,) = find_targets(["small"], 1, ["float16"], "sm_90", ["patch_embed"])
+    tried = [target.present._replace(blocks={"BLOCK_M": 64, "BLOCK_K": size}) for size in (16, 32, 64)]
+    refused = tune.compile_target(target, tried, "sm_90", Pool())(60.0)
+    assert refused == ["", "spills 8 bytes a thread", "does not compile: TimeoutError"]
+
+
+@pytest.mark.parametrize("kernel", GRIDS)
+def test_candidates(kernel):
+    """All distinct, the present one first, and each of powers of two that the tables' rules allow."""
+    sizes = {"k": 384, "n": 1536, "channels": 96, "tokens": 49, "block_d": 32, "stream_bytes": 2}
+    present = config(kernel, "sm_90", "float16", **sizes)
+    found = candidates(kernel, sizes, "float16", present, "sm_90", 1000)
+    assert found[0] is present
+    assert len({tile(one) for one in found}) == len(found) >= 9
+    assert all(one.blocks.keys() == present.blocks.keys() for one in found)
+    assert candidates(kernel, sizes, "float16", present, "sm_90", 5) == found[:6]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sizes", "wanted"),
+    [
+        ("linear", {"k": 384, "n": 1536}, "128x256x64 w8 s3"),
+        ("mlp_block", {"channels": 96, "stream_bytes": 2}, "128x64 w8 s2"),
+        ("mlp_block", {"channels": 96, "stream_bytes": 2}, "128x32 w4 s2"),
+        ("mlp_block", {"channels": 192, "stream_bytes": 2}, "128x16 w8 s2"),
+        ("linear_norm_residual", {"channels": 192, "k": 192, "stream_bytes": 2}, "128x64 w8 s2"),
+        ("attention_block", {"channels": 192, "tokens": 64, "stream_bytes": 2}, "- w4 s1"),
+        ("window_attention", {"tokens": 49, "block_d": 32}, "64x64 w2 s1"),
+    ],
+)
+def test_promising_candidates_are_tried(kernel, sizes, wanted):
+    present = config(kernel, "sm_90", "float16", **sizes)
+    assert wanted in [tile(one) for one in candidates(kernel, sizes, "float16", present, "sm_90")]
+
+
+def test_implausible_candidates_are_not():
+    def tiles(kernel, precision="float16", **sizes):
+        present = config(kernel, "sm_90", precision, **sizes)
+        return [one.blocks for one in candidates(kernel, sizes, precision, present, "sm_90", 1000)[1:]]
+
+    assert {blocks["BLOCK_N"] for blocks in tiles("linear", k=96, n=288)} == {64, 128}  # 256 would waste 224 columns
+    assert all(blocks["BLOCK_K"] <= 64 for blocks in tiles("patch_embed", channels=96, k=48))
+    assert all(max(blocks.values()) <= 64 for blocks in tiles("window_attention", tokens=49, block_d=32))
+    assert len(tiles("linear", "float32", k=384, n=1536)) < len(tiles("linear", k=384, n=1536))  # shared memory
+
+
+def test_targets_cover_all_compositions():
+    targets = find_targets(["swinv2_cr_tiny_ns_224"], 8, ["float16"], "sm_90", tuple(GRIDS))
+    assert {target.kernel for target in targets} == set(GRIDS)
+    assert [target.in_use for target in targets] == sorted((target.in_use for target in targets), reverse=True)
+    in_use = [target for target in targets if target.in_use]
+    assert [one.worth for one in in_use] == sorted((one.worth for one in in_use), reverse=True)
+    assert {dict(t.sizes)["channels"] for t in targets if t.kernel == "mlp_block"} == {96, 192, 384, 768}
+    assert all(target.present == config(target.kernel, "sm_90", "float16", **dict(target.sizes)) for target in targets)
+
+
+def row(kernel="linear", precision=("float16",), source="", **when) -> dict:
+    return {"kernel": kernel, "precision": list(precision), "when": when, "source": source}
+
+
+def test_measured_rows_come_first():
+    rows = [row("norm_residual", channels=8), row(k=8, source="old"), row(k_max=99)]
+    merged = config_tables.merge(rows, [row(k=8, n=16, source="one"), row(k=8, n=32, source="two"), row("mlp_block")])
+    assert merged == [rows[0], row(k=8, n=16, source="one"), row(k=8, n=32, source="two"), *rows[1:], row("mlp_block")]
+    assert config_tables.merge(rows, [row("mlp_half", channels=8)])[0]["kernel"] == "mlp_half"
+
+
+def test_rows_that_nothing_reaches_are_dropped():
+    old = row(precision=("float16", "float32"), k=8, n=[16, 32], source="old")
+    one, two = row(k=8, n=16), row(k=8, n=32)
+    assert config_tables.merge([old], [one]) == [one, old]
+    assert config_tables.merge([old], [one, two]) == [one, two, old | {"precision": ["float32"]}]
+    old = row("mlp_block", channels=96)
+    both = [row("mlp_block", channels=96, stream_bytes=size) for size in (2, 4)]
+    assert config_tables.merge([old], both[:1]) == [both[0], old]
+    assert config_tables.merge([old], both) == both
+    assert config_tables.merge([row(k_max=64)], [row(k=64)]) == [row(k=64), row(k_max=64)]
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+def test_tables_keep_their_looks(file):
+    text = file.read_text(encoding="utf-8")
+    assert config_tables.render(config_tables.merge(json.loads(text), [])) == text
+
+
+def test_a_written_table_is_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    configs.forget()
+    try:
+        wanted = row("norm_residual", channels=96, source="new") | {"blocks": {"BLOCK_M": 32}, "num_warps": 1}
+        (tmp_path / "default.json").write_text("[]")
+        with pytest.raises(KeyError):
+            config("norm_residual", "sm_90", "float16", channels=96)
+        config_tables.update(tmp_path / "sm_90.json", [wanted])
+        assert config("norm_residual", "sm_90", "float16", channels=96) == ({"BLOCK_M": 32}, 1, 1, "new")
+    finally:
+        monkeypatch.undo()
+        configs.forget()
+
+
+def times_of(fused: float, other: float) -> dict:
+    model, us = meta_model("small"), {}
+    for choice in (None, *map(choose_forms, FORMS.values())):
+        for case in cases_of(model, 2, "float16", "sm_90", choice):
+            us[case.key] = fused if case.operation in ("attention_block", "mlp_block") else other
+    return us
+
+
+def test_compositions():
+    """On sm_90 attention in windows of 16 tokens is apart, and the MLP is fused."""
+    found = forms.form_rows(["small"], 2, "float16", "sm_90", times_of(1, 10), ABOUT)
+    assert {(one["kernel"], one["when"]["channels"], one["blocks"]["use"]) for one in found} == {
+        ("attention_half", 32, "attention_block"),
+        ("attention_half", 64, "attention_block"),
+    }
+    assert "0.033 of the kernels' time of window_attention and linear_norm_residual" in found[0]["source"]
+    assert found[0]["when"] == {"channels": 32, "tokens": 16}
+    found = forms.form_rows(["small"], 2, "float16", "sm_90", times_of(100, 10), ABOUT)
+    assert {(one["kernel"], one["blocks"]["use"]) for one in found} == {("mlp_half", "linear")}
+    assert not forms.form_rows(["small"], 2, "float16", "sm_90", times_of(30, 10), ABOUT)[2:]
+    assert not forms.form_rows(["small"], 2, "float16", "sm_90", {}, ABOUT)
+
+
+def test_a_composition_must_win_by_more_than_two_percent():
+    us = times_of(29.7, 10)  # three kernels of 10 against one
+    assert not [
+        one for one in forms.form_rows(["small"], 2, "float16", "sm_90", us, ABOUT) if one["kernel"] == "attention_half"
+    ]
+
+
+def test_bad_options(capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["--dtypes", "float16", "bfloat16"])
+    assert "float16 and bfloat16 have their rows in common" in capsys.readouterr().err
