@@ -136,6 +136,8 @@ def derive_stage(spec: StageSpec, traced: bool, autocast: torch.dtype | None) ->
 def _derive_block(block: BlockSpec, dtype: torch.dtype, pack: bool) -> BlockTables:
     logit_scale = block.logit_scale_owner.logit_scale
     exact = torch.promote_types(logit_scale.dtype, torch.float32)
+    # LayerNorm of bfloat16 is faster on a CPU with weights in float32
+    norm_dtype = exact if pack and logit_scale.device.type == "cpu" else dtype
     scale = logit_scale.to(exact).clamp(max=MAX_LOGIT_SCALE).exp()
     return BlockTables(
         bias=_bias_table(block, exact),
@@ -144,9 +146,9 @@ def _derive_block(block: BlockSpec, dtype: torch.dtype, pack: bool) -> BlockTabl
         proj=_linear(block.proj, dtype, pack),
         fc1_gelu=_linear(block.fc1, dtype, pack, gelu=True),
         fc2=_linear(block.fc2, dtype, pack),
-        norm1=_norm_weights(block.norm1, dtype),
-        norm2=_norm_weights(block.norm2, dtype),
-        norm3=None if block.norm3 is None else _norm_weights(block.norm3, dtype),
+        norm1=_norm_weights(block.norm1, norm_dtype),
+        norm2=_norm_weights(block.norm2, norm_dtype),
+        norm3=None if block.norm3 is None else _norm_weights(block.norm3, norm_dtype),
     )
 
 
