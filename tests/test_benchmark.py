@@ -1,5 +1,6 @@
 """Timing takes turns, and what is shown of results is what was measured."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,17 @@ def test_copies_are_larger_than_the_cache():
     assert copies_beyond_cache(100 * size, device) == 2
 
 
-def test_peers_on_a_cpu(timm, monkeypatch):
+def test_peers_on_a_cpu(timm, monkeypatch, tmp_path):
     """Every engine's error stands beside its speed; the products alone are those of the model."""
     model = randomise(timm.create_model("swinv2_cr_tiny_224", **small_model_args())).eval()
     engines = {"timm eager": model, "swinfast": swinfast.optimize(model), "wrong": lambda x: model(x) + 1}
     monkeypatch.setattr(peers_cpu, "engines_for", lambda *_: engines)
-    rows = {row["engine"]: row for row in peers_cpu.measure(model, "small", torch.float32, 2, rounds=1)}
+    images = torch.randn(8, 3, *model.img_size)
+    oracle = copy.deepcopy(model).double()(images.double()).detach()
+    options = peers_cpu._parser().parse_args(["--rounds", "3"])
+    measured = peers_cpu.measure(model, "small", torch.float32, 2, images, oracle, tmp_path, options)
+    rows = {row["engine"]: row for row in measured}
+    assert {row["rounds"] for row in measured} == {3}
     assert float(rows["swinfast"]["rel_error"]) < 1e-5 < 0.1 < float(rows["wrong"]["rel_error"])
     assert rows["swinfast"]["top1_agreement"] == 1
     assert "rel_error" not in rows[peers_cpu.PRODUCTS]
