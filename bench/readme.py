@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.tables import MAIN_MODEL, details, kernels, latest_runs, read, slug, speeds
+from bench.tables import MAIN_MODEL, Row, details, kernels, latest_runs, overhead, profile, read, slug, speeds
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/benchmarks.md")
@@ -57,16 +57,30 @@ def peers() -> str:
 
 
 def kernel_times() -> str:
-    rows = read("kernels_*.csv")
     parts = []
-    for device in dict.fromkeys(row["device"] for row in rows):
-        mine = [row for row in rows if row["device"] == device]
-        parts += [f"On {device}:", kernels(mine), *_images("kernels", device)]
+    for device, rows in _by_device("kernels_*.csv").items():
+        parts += [f"On {device}:", kernels(rows), *_images("kernels", device)]
     return "\n\n".join(parts) or NO_GPU
 
 
+def host() -> str:
+    return "\n\n".join(map(overhead, _by_device("overhead*.csv").values()))
+
+
+def shares() -> str:
+    return "\n\n".join(map(profile, _by_device("profile_cpu*.csv").values()))
+
+
+def _by_device(pattern: str) -> dict[str, list[Row]]:
+    devices: dict[str, list[Row]] = {}
+    for row in read(pattern):
+        devices.setdefault(row["device"], []).append(row)
+    return devices
+
+
 REGIONS: dict[str, Callable[[], str]] = {
-    "summary": summary, "gpu": gpu, "cpu": cpu, "peers": peers, "kernels": kernel_times
+    "summary": summary, "gpu": gpu, "cpu": cpu, "peers": peers, "kernels": kernel_times, "overhead": host,
+    "profile": shares,
 }  # fmt: skip
 
 

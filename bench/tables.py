@@ -14,6 +14,17 @@ RESULTS = Path(__file__).parent / "results"
 MAIN_MODEL = "swinv2_cr_tiny_ns_224"
 OURS, EAGER = "swinfast", "timm eager"
 FLOOR = "its matrix products alone"  # no engine, but what bounds them
+KERNEL_COLUMNS = {  # of the file: in the table
+    "kernel": "kernel",
+    "shape": "shape",
+    "dtype": "dtype",
+    "time_us": "µs",
+    "tb_per_s": "TB/s",
+    "tflop_per_s": "TFLOP/s",
+    "share_of_floor": "share of its floor",
+    "eager_us": "eager, µs",
+    "compiled_us": "compiled, µs",
+}
 Row = dict[str, str]
 
 
@@ -94,10 +105,41 @@ def details(runs: Sequence[Run]) -> str:
 
 def kernels(rows: Sequence[Row]) -> str:
     """Time, and achieved rates, of each kernel; of a repeated measurement the last."""
-    columns = ("kernel", "shape", "dtype", "time_us", "tb_per_s", "tflop_per_s", "share_of_floor")
     latest = {tuple(row[name] for name in ("kernel", "shape", "dtype")): row for row in rows}
-    lines = [[row.get(name, "") or "–" for name in columns] for row in latest.values()]
-    return _github(lines, ("kernel", "shape", "dtype", "µs", "TB/s", "TFLOP/s", "share of its floor"))
+    lines = [[row.get(name, "") or "–" for name in KERNEL_COLUMNS] for row in latest.values()]
+    return _github(lines, tuple(KERNEL_COLUMNS.values()))
+
+
+def overhead(rows: Sequence[Row]) -> str:
+    """Host time of the launches of a forward by operation, on one device; of a repeated measurement the last."""
+    latest = {tuple(row[name] for name in ("model", "dtype", "operation", "shape")): row for row in rows}
+    forwards: dict[tuple[str, str], dict[str, tuple[int, float]]] = {}
+    for row in latest.values():
+        sums = forwards.setdefault((row["model"], row["dtype"]), {})
+        calls, us = sums.get(row["operation"], (0, 0.0))
+        sums[row["operation"]] = calls + int(row["calls"]), us + float(row["forward_us"])
+    lines = []
+    for (model, dtype), sums in forwards.items():
+        total = tuple(map(sum, zip(*sums.values(), strict=True)))
+        for operation, (calls, us) in [*sums.items(), ("all", total)]:
+            lines.append((f"`{model}`", dtype, operation, calls, f"{us / calls:.1f}", f"{us:.0f}"))
+    headers = ("model", "dtype", "operation", "launches", "µs each", "µs a forward")
+    row = rows[-1]
+    where = f"On {row['device']}, PyTorch {row['torch']}, Triton {row['triton']}: {row['source']}"
+    return f"{_github(lines, headers)}\n\n{where} (`python -m bench.overhead`)."
+
+
+def profile(rows: Sequence[Row]) -> str:
+    """Shares of a forward's time by part, on one device; of a repeated measurement the last."""
+    runs: dict[tuple[str, str, int], dict[str, float]] = {}
+    for row in rows:
+        runs.setdefault((row["model"], row["dtype"], int(row["batch"])), {})[row["part"]] = float(row["share"])
+    parts = dict.fromkeys(row["part"] for row in rows)
+    lines = [[part, *(f"{run[part]:.1%}" if part in run else "–" for run in runs.values())] for part in parts]
+    headers = ("part", *(f"{dtype}, batch {batch}" for _, dtype, batch in runs))
+    models = ", ".join(dict.fromkeys(f"`{model}`" for model, _, _ in runs))
+    where = f"{models} on {rows[-1]['device']}, PyTorch {rows[-1]['torch']}"
+    return f"{_github(lines, headers)}\n\nShares of the time of {where} (`python -m bench.profile_cpu`)."
 
 
 def number(value: float | None) -> str:

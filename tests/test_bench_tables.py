@@ -115,7 +115,7 @@ def test_a_gpu_file_makes_a_table(results):
     assert "| 64 " in readme.gpu() and "Triton 3.6, driver 570" in readme.gpu()
     kernel = {"kernel": "mlp_block", "shape": "C96", "dtype": "float16", "device": "Device X", "time_us": "12"}
     (results / "kernels_x.csv").write_text(",".join(kernel) + "\n" + ",".join(kernel.values()) + "\n", encoding="utf-8")
-    assert line_of(readme.kernel_times(), "mlp_block") == ["mlp_block", "C96", "float16", "12", "–", "–", "–"]
+    assert line_of(readme.kernel_times(), "mlp_block") == ["mlp_block", "C96", "float16", "12", *"–" * 5]
 
 
 def test_pictures_of_models(tmp_path):
@@ -209,3 +209,25 @@ def test_the_script_draws_what_there_is(results, tmp_path, capsys):
         "throughput_device_x.png",
     ]
     assert "throughput_device_x.png" in capsys.readouterr().out
+
+
+def test_host_overhead_by_operation():
+    about = {"model": "m", "dtype": "float16", "device": "d", "torch": "1", "triton": "2", "source": "measured"}
+    rows = [
+        about | dict(zip(("operation", "shape", "calls", "forward_us"), values, strict=True))
+        for values in (("a", "x", "9", "99"), ("a", "x", "1", "10.0"), ("a", "y", "3", "50.0"), ("b", "x", "2", "12.4"))
+    ]
+    table = tables.overhead(rows)
+    assert line_of(table, "a") == ["`m`", "float16", "a", "4", "15.0", "60"]  # of a repeated one the last
+    assert line_of(table, "all") == ["`m`", "float16", "all", "6", "12.1", "72"]
+
+
+def test_shares_of_a_forward():
+    rows = [
+        {"model": "m", "dtype": "float32", "batch": batch, "part": part, "share": share, "device": "d", "torch": "1"}
+        for batch, part, share in (("1", "p", "0.9"), ("1", "p", "0.25"), ("8", "p", "0.5"), ("8", "q", "0.125"))
+    ]
+    table = tables.profile(rows)
+    assert line_of(table, "part") == ["part", "float32, batch 1", "float32, batch 8"]
+    assert line_of(table, "p") == ["p", "25.0%", "50.0%"]
+    assert line_of(table, "q") == ["q", "–", "12.5%"]
