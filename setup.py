@@ -7,16 +7,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 PARQUET, RAY = ["pyarrow"], ["ray[data]>=2.50"]
-TEST = [
-    "hypothesis",
-    "matplotlib",
-    "pytest",
-    "pytest-benchmark",
-    "ruff",
-    "setuptools>=64",
-    "timm==1.0.31",
-    "webdataset",
-]
+TEST = ["hypothesis", "matplotlib", "pytest", "pytest-benchmark", "ruff", "setuptools>=64", "timm==1.0.31"]
 
 setup(
     name="swinfast",
@@ -46,6 +37,6 @@ setup(
         "bench": ["matplotlib", "timm==1.0.31"],
         "parquet": PARQUET,
         "ray": RAY,
-        "test": TEST + PARQUET + RAY,
+        "test": [*TEST, "webdataset", *PARQUET, *RAY],
     },
 )

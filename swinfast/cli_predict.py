@@ -35,6 +35,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         ("features", "feature maps of a model's stages for images", _features_options),
     ):
         command = commands.add_parser(name, help=what, description=f"{what.capitalize()}.")
+        command.set_defaults(usage_error=command.error)
         _image_options(command.add_argument_group("images").add_argument)
         _model_options(command.add_argument_group("model").add_argument)
         add_options(command, command.add_argument_group("results").add_argument)
@@ -126,6 +127,8 @@ def _features(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, kind: type[Pipeline], make: Callable[..., Pipeline]) -> int:
+    if not options.paths and not options.files_from:
+        options.usage_error("give a PATH, or --files-from")
     images = Images(tuple(options.paths), options.files_from, options.members, options.image_column)
     if options.output is not None:  # what can't be written is said before anything is loaded
         check_ending(Path(options.output), kind.endings)
