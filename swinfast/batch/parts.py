@@ -186,7 +186,7 @@ class Parts:
         return OSError(error.errno, f"can't write results: {error.strerror or error}: {kept}")
 
     def _write_json(self, target: Path, content: Mapping[str, Any]) -> None:
-        temporary = target.with_name(f"{target.name}.{os.getpid()}")
+        temporary = self.folder / f"{target.name}.{os.getpid()}"
         temporary.write_text(json.dumps(content), encoding="utf-8")
         _move_into_place(temporary, target)
 
