@@ -131,6 +131,11 @@ class Pipeline:
         """Arrays of no images, as outputs have them."""
         return {name: np.empty((0, *shape), dtype) for name, (shape, dtype) in self.shapes.items()}
 
+    @staticmethod
+    def check_device(device: str) -> None:
+        """RuntimeError for a device that is not there."""
+        resolve_device(device)
+
     def move(self, device: str) -> None:
         """Compute on another device from now on."""
         self.device = resolve_device(device)

@@ -90,6 +90,8 @@ def write(
         if devices:
             raise ValueError("devices can't be given under torchrun, where every process has its own")
         return _as_rank(pipeline, images, output, resume, strict, part_size, watch, rank, world)
+    for device in devices:  # said before anything is started or thrown away
+        pipeline.check_device(device)
     job = _job(pipeline, images, output, resume, strict, part_size)
     parts, count, began = job.parts(), _Count(watch), perf_counter()
     finished = parts.begin(resume)

@@ -43,7 +43,7 @@ def main() -> None:
             return
         images, reasons = zip(*(load(crop, source) for source in sources), strict=True)
         try:
-            pickle.dump(reasons, answers)
+            pickle.dump(list(reasons), answers)
             for image in images:
                 if image is not None:
                     answers.write(image.tobytes())
