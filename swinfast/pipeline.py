@@ -23,6 +23,7 @@ from .batch.share import Watch
 from .batch.sources import Images, Item
 from .fused import FusedPatchEmbed
 from .optimize import optimize
+from .pixels import Crop
 from .preprocess import transform_of
 
 MOST_WORKERS = 32  # started without being asked for
@@ -71,7 +72,7 @@ class Pipeline:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype!r}")
         self._check(model)
         self.transform = transform_of(model)
-        self.crop = replace(self.transform.crop, draft=draft)
+        self.crop = crop_of(model, draft)
         self.device = resolve_device(device)
         self.workers = min(MOST_WORKERS, max(1, usable_cores() - 1)) if workers is None else workers
         self.threads = threads
@@ -146,6 +147,11 @@ class Pipeline:
         self._probe()  # derives everything before threads would do it at the same time
         return Compute(self._outputs, self.device, self.threads, self.say)
 
+    def compute_pixels(self, pixels: Tensor) -> Arrays:
+        """Outputs of one batch of uint8 pixels [B, H, W, C]."""
+        compute = Compute(self._outputs, self.device, 0, self.say)
+        return compute.finish(compute.start(pixels))
+
     def settings(self) -> dict[str, Any]:
         """What results depend on, but for the inputs."""
         layout = asdict(self.layout)
@@ -209,6 +215,11 @@ class Pipeline:
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         digest.update(repr(self.model).encode())
         return digest.hexdigest()
+
+
+def crop_of(model: nn.Module, draft: bool = False) -> Crop:
+    """How images become pixels for a model."""
+    return replace(transform_of(model).crop, draft=draft)
 
 
 def as_images(images: Images | str | Path | Iterable[str | Path]) -> Images:
