@@ -71,8 +71,8 @@ def _run_options(add: Callable[..., Any]) -> None:
     add("--workers", type=int, metavar="N", help="processes that decode (default: as many as there are cores)")
     add("--threads", type=int, metavar="N", help="on a CPU, batches computed at a time, each on one core (default: as "
         "many as there are cores); 0 for one batch at a time on all cores")  # fmt: skip
-    add("--part-size", type=int, default=1024, metavar="N", help="images after which results are safe from whatever "
-        "happens (default: %(default)s)")  # fmt: skip
+    add("--part-size", type=int, metavar="N", help="images after which results are safe from whatever happens "
+        "(default: 1024, fewer where these are large)")  # fmt: skip
     add("--quiet", action="store_true", help="say nothing but errors")
 
 

@@ -1,6 +1,7 @@
 """What Predictor, Embedder and FeatureExtractor share: a model, how images are prepared for it, where it computes."""
 
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -90,7 +91,7 @@ class Pipeline:
         *,
         resume: bool = False,
         strict: bool = False,
-        part_size: int = 1024,
+        part_size: int | None = None,
         devices: Sequence[str] = (),
         watch: Watch | None = None,
     ) -> Summary:
@@ -103,7 +104,8 @@ class Pipeline:
             resume: Go on where an earlier run with the same inputs, settings and model ended; start where there is
                 none, and do nothing where it is finished.
             strict: Stop at the first image that can't be read.
-            part_size: Images after which results are safe; rounded up to whole batches.
+            part_size: Images after which results are safe, rounded up to whole batches; None for 1024, or fewer where
+                these would take more than 256 MiB.
             devices: Compute on all of these, in a process for each, instead of this object's device.
             watch: Called after every batch with its names and, for each, None or the reason of a failure.
 
@@ -195,8 +197,10 @@ class Pipeline:
 
     def _run(self, files: Iterable[str | Path] | Images) -> Iterator[Done]:
         """Results batch by batch, in order."""
+        if isinstance(files, str | Path):
+            files = as_images(files)
         items = files if isinstance(files, Images) else _items(files)
-        steps = Division(self.batch_size, self.batch_size).divide(items, WantAll())
+        steps = Division(sys.maxsize, self.batch_size).divide(items, WantAll())
         done = engine.run(steps, self.crop, self.compute(), self.workers)
         try:
             yield from (step for step in done if isinstance(step, Done))

@@ -106,6 +106,96 @@ class TestOutOfMemory:
         assert size in {2**power for power in range(10)}
 
 
+def test_stream_of_a_gpu(monkeypatch):
+    """In order, with stand-ins: the copy on its stream, the model's stream waits for it, results are waited for."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.number = log.count("event")
+            log.append("event")
+
+        def record(self):
+            log.append(f"record {self.number} on {current[-1]}")
+
+        def synchronize(self):
+            log.append(f"synchronize {self.number}")
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.number - self.number)
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_event(self, event):
+            log.append(f"{self.name} waits for {event.number}")
+
+    class Using:
+        def __init__(self, what):
+            self.what = what
+
+        def __enter__(self):
+            current.append(getattr(self.what, "name", current[-1]))
+
+        def __exit__(self, *exception):
+            current.pop()
+
+    current = ["main"]
+    stand_ins = {"Event": Event, "Stream": lambda device: Stream("copy"), "stream": Using, "device": Using}
+    for name, stand_in in {**stand_ins, "current_stream": lambda: Stream(current[-1])}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: log.append(f"kept for {stream.name}"))
+    compute = Compute(lambda pixels: log.append(f"model on {current[-1]}") or total(pixels), CPU, 0, print)
+    compute.on_gpu, compute._stream = True, Stream("copy")
+    started = compute.start(pixels_of(3))
+    assert log[4:] == [
+        "record 0 on copy",
+        "record 1 on copy",
+        "main waits for 1",
+        "kept for main",
+        "record 2 on main",
+        "model on main",
+        "record 3 on main",
+    ]
+    assert np.array_equal(compute.finish(started)["sum"], total(pixels_of(3))["sum"].numpy())
+    assert log[-1] == "synchronize 3"
+    assert (compute.waits.copy, compute.waits.compute) == (1, 1)
+
+
+@pytest.mark.parametrize("threads, batch_size", [(0, 2), (2, 1), (0, 4)])
+def test_decoding_is_ahead_of_the_model(model, images, threads, batch_size):
+    """While a batch is computed, the next two are being decoded."""
+    predictor = swinfast.Predictor(model, batch_size=batch_size, threads=threads, workers=1, device="cpu")
+    forward, taken, ahead = predictor._forward, 0, []
+
+    def counted():
+        nonlocal taken
+        for file in images * 4:
+            taken += 1
+            yield file
+
+    def watched(x):
+        ahead.append(taken - batch_size * len(ahead))
+        return forward(x)
+
+    results = predictor.predict(counted())
+    next(results)
+    predictor._forward = watched
+    ahead += [0]  # the first batch
+    results = list(results)
+    assert min(ahead[2:-3]) >= 3 * batch_size
+
+
+def test_parts_of_large_rows(model, images, tmp_path, monkeypatch):
+    """Fewer images make a part where they are large, so that memory is bounded."""
+    monkeypatch.setattr("swinfast.batch.run.PART_BYTES", 3 * 16 * 16 * 16 * 4)
+    swinfast.FeatureExtractor(model, batch_size=2, stages=[0], device="cpu").write(images, tmp_path / "f.npy")
+    settings = json.loads((tmp_path / "f.npy.manifest.json").read_text())["settings"]
+    assert settings["part_size"] == 4
+
+
 @pytest.mark.parametrize("part_size, batch_size", [(6, 2), (6, 4), (5, 5), (1, 1), (100, 3)])
 @pytest.mark.parametrize("count", [0, 1, 6, 11, 12])
 def test_division(part_size, batch_size, count):
@@ -246,7 +336,7 @@ class TestProcesses:
                 images, output, part_size=2, devices=devices, watch=lambda names, reasons: seen.extend(names)
             )
             assert (summary.images, summary.failures, summary.done_now) == (12, 1, 12)
-        for name in ("out.csv", "out.errors.csv", "out.csv.manifest.json"):
+        for name in ("out.csv", "out.csv.errors.csv", "out.csv.manifest.json"):
             assert outputs[0].with_name(name).read_bytes() == outputs[1].with_name(name).read_bytes()
         assert sorted(seen[12:]) == sorted(images)
 

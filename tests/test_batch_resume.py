@@ -244,13 +244,13 @@ def test_older_results_stay_until_new_ones_are_there(make, images, tmp_path):
 def test_errors_file(make, images, bad_images, tmp_path):
     """One line for each bad image; none is left of an older run without any."""
     make().write(images, tmp_path / "out.csv")
-    lines = (tmp_path / "out.errors.csv").read_text().splitlines()
+    lines = (tmp_path / "out.csv.errors.csv").read_text().splitlines()
     assert lines[0] == "filename,reason"
     assert [line.partition(",")[0] for line in lines[1:]] == [str(file) for file in bad_images.values()]
     assert "cannot identify image file" in lines[1]
     assert "FileNotFoundError" in lines[4]
     make().write(images[:3], tmp_path / "out.csv")
-    assert not (tmp_path / "out.errors.csv").exists()
+    assert not (tmp_path / "out.csv.errors.csv").exists()
 
 
 def test_batch_size_that_was_found_is_kept(make, images, tmp_path, monkeypatch):

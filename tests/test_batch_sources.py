@@ -162,9 +162,11 @@ def test_folders_are_walked_in_the_order_of_paths(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
     found = list(Images((str(tmp_path),)).files())
     assert found == sorted(found)
-    assert len(found) == 8
+    assert len(found) == 9
+    assert str(tmp_path / "gone.png") in found
 
 
 def test_folders_are_not_listed_before_they_are_needed(tmp_path, monkeypatch):

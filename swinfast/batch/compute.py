@@ -1,5 +1,6 @@
 """The model's side of a run: batches of uint8 pixels to arrays, on a GPU beside the next copy, on a CPU in threads."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,7 +38,7 @@ class Waits:
 class _OnGpu(NamedTuple):
     outputs: dict[str, Tensor]  # on their way into pinned memory
     pixels: Tensor  # kept until the copies are done
-    events: tuple[torch.cuda.Event, ...]  # copy began, copy ended, results are there
+    events: tuple[torch.cuda.Event, ...]  # copy began, copy ended, computing began, results are there
 
 
 class Compute:
@@ -83,10 +84,10 @@ class Compute:
             self.waits.compute += time.perf_counter() - began
         if not isinstance(started, _OnGpu):
             return started
-        copy_began, copied, done = started.events
+        copy_began, copied, compute_began, done = started.events
         done.synchronize()
         self.waits.copy += copy_began.elapsed_time(copied) / 1e3
-        self.waits.compute += copied.elapsed_time(done) / 1e3
+        self.waits.compute += compute_began.elapsed_time(done) / 1e3
         return {name: output.numpy() for name, output in started.outputs.items()}
 
     def close(self) -> None:
@@ -97,19 +98,27 @@ class Compute:
         return {name: output.numpy() for name, output in self._in_pieces(pixels).items()}
 
     def _launch(self, pixels: Tensor) -> _OnGpu:
-        events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(3))
+        events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(4))
         with torch.cuda.device(self._device):
             main = torch.cuda.current_stream()
             with torch.cuda.stream(self._stream):
                 events[0].record()
-                on_device = pixels.to(self._device, non_blocking=True)
+                on_device = self._copied(pixels)
                 events[1].record()
             main.wait_event(events[1])
             on_device.record_stream(main)  # its memory is the copy stream's
+            events[2].record()
             outputs = self._in_pieces(on_device)
             outputs = {name: output.to("cpu", non_blocking=True) for name, output in outputs.items()}
-            events[2].record()
+            events[3].record()
         return _OnGpu(outputs, pixels, events)
+
+    def _copied(self, pixels: Tensor) -> Tensor:
+        """On the device. Where even that does not fit, what PyTorch holds in reserve is given back first."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return pixels.to(self._device, non_blocking=True)
+        torch.cuda.empty_cache()
+        return pixels.to(self._device, non_blocking=True)
 
     def _in_pieces(self, pixels: Tensor) -> dict[str, Tensor]:
         """The function of all pixels, in as large pieces as memory allows."""

@@ -18,7 +18,7 @@ from .decode import Decoder, Reasons
 from .sources import Item
 
 CHUNK = 8  # images that one decoding process takes at a time
-MOST_BATCHES = 64  # decoded ahead, however small they are
+AHEAD, MOST = 3, 64  # batches in the hands of decoding processes: at least, and at most, however small they are
 
 
 class Batch(NamedTuple):
@@ -101,7 +101,7 @@ def run(steps: Iterable[Batch | PartEnd], crop: Crop, compute: Compute, workers:
     try:
         with Decoder(crop, workers) as decoder:
             while True:
-                while len(decoding) < 2 or (_chunks(decoding) < 2 * workers and len(decoding) < MOST_BATCHES):
+                while _batches(decoding) < AHEAD or (_chunks(decoding) < 2 * workers and _batches(decoding) < MOST):
                     step = next(steps, None)
                     if step is None:
                         break

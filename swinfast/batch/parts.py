@@ -55,7 +55,7 @@ class Parts:
         self.settings = json.loads(json.dumps(settings))
         self.folder = output.with_name(output.name + ".parts")
         self.manifest = output.with_name(output.name + ".manifest.json")
-        self.errors = output.with_suffix(".errors.csv")
+        self.errors = output.with_name(output.name + ".errors.csv")
 
     def begin(self, resume: bool) -> Totals | None:
         """Make the folder, or find it again; Totals where the whole run is finished already.

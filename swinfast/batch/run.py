@@ -1,5 +1,6 @@
 """A whole run: begin or resume, share the work out, join the parts."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from .sources import Images
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
 
+PART_SIZE, PART_BYTES = 1024, 256 << 20  # of images, unless they take more memory than that
 POLL = 0.5  # seconds between looks at what other ranks have finished
 
 
@@ -76,12 +78,12 @@ def write(
     output: Path,
     resume: bool,
     strict: bool,
-    part_size: int,
+    part_size: int | None,
     devices: Sequence[str],
     watch: Watch | None,
 ) -> Summary:
     """Pipeline.write."""
-    if part_size < 1:
+    if part_size is not None and part_size < 1:
         raise ValueError(f"part_size must be at least 1, got {part_size}")
     check_ending(output, pipeline.endings)
     check_output(output)
@@ -103,9 +105,12 @@ def write(
     return Summary(totals.images, totals.failures, count.images, seconds, share.waits)
 
 
-def _job(pipeline: "Pipeline", images: Images, output: Path, resume: bool, strict: bool, part_size: int) -> Job:
+def _job(pipeline: "Pipeline", images: Images, output: Path, resume: bool, strict: bool, part_size: int | None) -> Job:
     if resume and pipeline.found_batch_size:  # another try would find another number
         pipeline.batch_size = Parts.batch_size_of(output) or pipeline.batch_size
+    if part_size is None:
+        row = sum(array.dtype.itemsize * math.prod(array.shape[1:]) for array in pipeline.no_rows().values())
+        part_size = max(1, min(PART_SIZE, PART_BYTES // row))
     part_size = -(-part_size // pipeline.batch_size) * pipeline.batch_size
     settings = pipeline.settings() | {"part_size": part_size}
     return Job(pipeline, images, output, Division(part_size, pipeline.batch_size), strict, settings)

@@ -1,5 +1,6 @@
 """A process's share of a run: every world-th part, decoded, computed and committed."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -78,8 +79,9 @@ def work(job: Job, watch: Watch, rank: int = 0, world: int = 1) -> Share:
     compute = job.pipeline.compute()
     collected = _Part()
     commits: list[Future] = []
-    with ThreadPoolExecutor(1, "write") as writer:
-        for step in engine.run(steps, job.pipeline.crop, compute, job.pipeline.workers):
+    running = engine.run(steps, job.pipeline.crop, compute, job.pipeline.workers)
+    with ThreadPoolExecutor(1, "write") as writer, contextlib.closing(running):
+        for step in running:
             if isinstance(step, Done):
                 if job.strict and (failed := step.failures()):
                     raise StrictError(f"{failed[0][0]} can't be read: {failed[0][1]}")

@@ -171,10 +171,15 @@ def _expand(path: str) -> Iterator[str]:
 def _walk(folder: str) -> Iterator[str]:
     """Files below a folder, in the order of their whole paths."""
     with os.scandir(folder) as entries:
-        found = sorted((e.name + os.sep * e.is_dir(follow_symlinks=False), e.is_file()) for e in entries)
+        found = sorted((e.name + os.sep * e.is_dir(follow_symlinks=False), _may_be_file(e)) for e in entries)
     for name, is_file in found:
         path = os.path.join(folder, name)  # noqa: PTH118 (a million of them)
         if name.endswith(os.sep):
             yield from _walk(path[:-1])
         elif is_file and (has_image_ending(name) or name.lower().endswith(TAR + PARQUET)):
             yield path
+
+
+def _may_be_file(entry: os.DirEntry) -> bool:
+    """A file, or a link to one, even to one that is gone: that is to be told."""
+    return entry.is_file() or (entry.is_symlink() and not entry.is_dir())
