@@ -107,6 +107,10 @@ def _batch_size(text: str) -> int | str:
 def _predict(options: argparse.Namespace) -> int:
     def pipeline(model: nn.Module, **common: Any) -> Predictor:
         names = {} if options.label_type == "description" else {"labels": imagenet_labels(options.label_type)}
+        if names and getattr(model, "num_classes", 0) != 1000:
+            raise ValueError(
+                f"--label-type {options.label_type} is for ImageNet's 1000 classes, not {model.num_classes}"
+            )
         flags = {"include_index": options.include_index, "fullname": options.fullname}
         return Predictor(model, topk=options.topk, **names, **flags, **common)
 

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import pipeline as single
-from . import predict as predict_module
 from .batch.formats import ESCAPE, parquet_table
 from .batch.optional import import_extra
 from .batch.sources import Images, has_image_ending
 from .batch.worker import load
 from .models import create_model
+from .pipeline import Pipeline, crop_of
 from .pixels import Crop
+from .predict import Embedder as OneEmbedder
+from .predict import Predictor as OnePredictor
 
 if TYPE_CHECKING:
     import pyarrow
@@ -52,7 +53,7 @@ class _Actor:
         **options: As of swinfast.Predictor (or Embedder).
     """
 
-    make: type[single.Pipeline]
+    make: type[Pipeline]
 
     def __init__(self, model: Model, **options: Any):
         self._pipeline = self.make(_loaded(model), **options)
@@ -79,12 +80,12 @@ class _Actor:
 
 class Predictor(_Actor):
     __doc__ = _Actor.__doc__
-    make = predict_module.Predictor
+    make = OnePredictor
 
 
 class Embedder(_Actor):
     __doc__ = _Actor.__doc__
-    make = predict_module.Embedder
+    make = OneEmbedder
 
 
 def predict(paths: str | Path | Iterable[str | Path], output: str, *, model: Model, **options: Any) -> Summary:
@@ -116,7 +117,7 @@ def embed(paths: str | Path | Iterable[str | Path], output: str, *, model: Model
 
 def decode(model: nn.Module, filesystem: Any = None, draft: bool = False) -> Any:
     """A function for ``map_batches``: batches with "filename" get "pixels" for a model, and "error"."""
-    crop = single.crop_of(model, draft)
+    crop = crop_of(model, draft)
 
     def decode_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = batch[FILENAME].tolist()

@@ -215,6 +215,19 @@ class TestRefusals:
         assert len(unfinished.read_text().splitlines()[0].split(",")) == 10
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_runs_at_once(make, images, tmp_path, resume):
+    """The second is refused, and the first goes on."""
+
+    def second(names, reasons):
+        with pytest.raises(RuntimeError, match=r"another run is writing to .*out\.csv\.parts"):
+            make().write(images, tmp_path / "out.csv", resume=resume, part_size=4)
+
+    assert make().write(images, tmp_path / "out.csv", part_size=4, watch=second).images == 16
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 13
+
+
 def test_full_disk(make, images, tmp_path, monkeypatch):
     """It says how much is safe, and what is safe is used."""
     synced = os.fsync

@@ -17,6 +17,11 @@ from .compute import Arrays
 from .engine import PartEnd
 from .formats import OutputFile, write_csv
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 MANIFEST = "manifest.json"
 
 
@@ -55,6 +60,7 @@ class Parts:
         self.settings = json.loads(json.dumps(settings))
         self.folder = output.with_name(output.name + ".parts")
         self.manifest = output.with_name(output.name + ".manifest.json")
+        self._lock: int | None = None
         self.errors = output.with_name(output.name + ".errors.csv")
 
     def begin(self, resume: bool) -> Totals | None:
@@ -62,9 +68,12 @@ class Parts:
 
         Raises:
             ResumeError: There is something to resume, but of other settings.
+            RuntimeError: Another run is writing there.
             OSError: The folder can't be written.
         """
         self._forget_leftovers()
+        if self.folder.exists():
+            self._take_lock()
         if resume and (self.folder / MANIFEST).exists():
             self._check(json.loads((self.folder / MANIFEST).read_text(encoding="utf-8")), self.folder)
             return None
@@ -75,8 +84,15 @@ class Parts:
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir()
+        self._take_lock()
         self._write_json(self.folder / MANIFEST, {"settings": self.settings})
         return None
+
+    def release(self) -> None:
+        """Let others write there. Ends by itself when the process does."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def output_exists(self) -> bool:
         """Whether the whole is there; of .npy outputs the index always is."""
@@ -159,6 +175,20 @@ class Parts:
         self.folder.rename(self._done)  # at once: a folder half deleted would look like an unfinished run
         self._forget_leftovers()
         return totals
+
+    def _take_lock(self) -> None:
+        """On the folder, which two runs would otherwise throw away for each other."""
+        self.release()
+        if fcntl is None:
+            return
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise RuntimeError(f"another run is writing to {self.folder}") from error
+        except OSError:  # a file system without locks
+            self.release()
 
     def _failures(self, count: int) -> Iterator[tuple[str, str]]:
         for part in range(count):

@@ -95,11 +95,19 @@ def write(
     for device in devices:  # said before anything is started or thrown away
         pipeline.check_device(device)
     job = _job(pipeline, images, output, resume, strict, part_size)
-    parts, count, began = job.parts(), _Count(watch), perf_counter()
-    finished = parts.begin(resume)
-    if finished is not None:
-        return _nothing_to_do(job, finished)
-    share = work_on(devices, job, count) if len(devices) > 1 else work(job, count)
+    parts = job.parts()
+    try:
+        finished = parts.begin(resume)
+        if finished is not None:
+            return _nothing_to_do(job, finished)
+        return _all_parts(job, parts, devices, watch)
+    finally:
+        parts.release()
+
+
+def _all_parts(job: Job, parts: Parts, devices: Sequence[str], watch: Watch | None) -> Summary:
+    count, began = _Count(watch), perf_counter()
+    share = work_on(devices, job, count) if devices else work(job, count)
     seconds = perf_counter() - began
     totals = parts.join(share.parts, job.files())
     return Summary(totals.images, totals.failures, count.images, seconds, share.waits)
