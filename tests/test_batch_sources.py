@@ -84,6 +84,13 @@ def test_webdataset_agrees(embed, plain, files, tmp_path):
     assert same({Path(name).stem: value for name, value in good.items()}, plain)
 
 
+def test_directory_of_a_shard_is_not_kept(files, tmp_path, monkeypatch):
+    opened, kept = tarfile.open, []
+    monkeypatch.setattr(tarfile, "open", lambda *args, **options: kept.append(opened(*args, **options)) or kept[-1])
+    shard = write_tar(tmp_path / "shard.tar", {file.name: file.read_bytes() for file in files})
+    assert max(len(kept[-1].members) for _ in Images((shard,))) <= 1
+
+
 def test_members(files, tmp_path):
     members = {f"{kind}/{file.name}": file.read_bytes() for file in files for kind in ("photo", "mask")}
     shard = write_tar(tmp_path / "shard.tar", members)
