@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
+PARQUET, RAY = ["pyarrow"], ["ray[data]>=2.50"]
 TEST = [
     "hypothesis",
     "matplotlib",
@@ -25,9 +26,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["swinfast", "swinfast.kernels", "swinfast.reference"],
+    packages=["swinfast", "swinfast.batch", "swinfast.kernels", "swinfast.reference"],
     package_dir={"swinfast": "swinfast", "swinfast.kernels": "kernels", "swinfast.reference": "reference"},
-    package_data={"swinfast": ["imagenet_classes.txt"], "swinfast.kernels": ["configs/*.json"]},
+    package_data={"swinfast": ["imagenet_classes.*"], "swinfast.kernels": ["configs/*.json"]},
     entry_points={"console_scripts": ["swinfast = swinfast.cli:main"]},
     install_requires=[
         "numpy",
@@ -43,6 +44,8 @@ setup(
         "train": ["scikit-learn"],
         "peers": ["onnxruntime", "onnxscript", "openvino"],
         "bench": ["matplotlib", "timm==1.0.31"],
-        "test": TEST,
+        "parquet": PARQUET,
+        "ray": RAY,
+        "test": [*TEST, "webdataset", *PARQUET, *RAY],
     },
 )

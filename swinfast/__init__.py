@@ -16,14 +16,18 @@ __version__ = "0.1.0"
 from .checkpoints import CheckpointError, load_checkpoint
 from .models import create_model, list_models
 from .optimize import optimize, refresh
-from .predict import Failure, Prediction, Predictor
+from .predict import Embedder, Failure, FeatureExtractor, Features, Images, Prediction, Predictor
 from .preprocess import transform_of
 from .report import Report, report
 from .verify import Verification, verify
 
 __all__ = [
     "CheckpointError",
+    "Embedder",
     "Failure",
+    "FeatureExtractor",
+    "Features",
+    "Images",
     "Prediction",
     "Predictor",
     "Report",

@@ -1,68 +1,265 @@
-"""``swinfast predict``: classify images."""
+"""``swinfast predict``, ``embed`` and ``features``: images through a model, into files."""
 
 import argparse
 import sys
-from pathlib import Path
+import threading
+from collections.abc import Callable
+from pathlib import Path, PurePath
+from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from .backends import CHOICES
+from .batch.decode import usable_cores
+from .batch.formats import check_ending
+from .batch.parts import Parts, check_output
+from .batch.sources import Images
 from .exit_codes import INTERRUPTED, OK, SOME_FAILED
+from .labels import LABEL_TYPES, imagenet_labels
 from .models import CONFIG_FILE, create_model
-from .predict import Failure, Predictor, find_images
-from .results import open_writer
+from .pipeline import Pipeline, resolve_device
+from .predict import STORED, Embedder, Failure, FeatureExtractor, Prediction, Predictor
+from .results import table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_SAID = 100  # failures told of on the terminal; the errors file has all
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Add predict to the command line."""
-    predict = commands.add_parser("predict", help="classify images", description="Classify images.")
-    predict.set_defaults(run=_predict)
-    add = predict.add_argument
-    add("paths", nargs="+", metavar="PATH", help="image files, folders (searched recursively), glob patterns")
+    """Add predict, embed and features to the command line."""
+    for name, what, add_options in (
+        ("predict", "classify images", _predict_options),
+        ("embed", "pooled embeddings of images", _embed_options),
+        ("features", "feature maps of a model's stages for images", _features_options),
+    ):
+        command = commands.add_parser(name, help=what, description=f"{what.capitalize()}.")
+        command.set_defaults(usage_error=command.error)
+        _image_options(command.add_argument_group("images").add_argument)
+        _model_options(command.add_argument_group("model").add_argument)
+        add_options(command, command.add_argument_group("results").add_argument)
+        _run_options(command.add_argument_group("how it runs").add_argument)
+
+
+def _image_options(add: Callable[..., Any]) -> None:
+    add("paths", nargs="*", metavar="PATH", help="image files, tar shards, parquet files, folders of these (searched "
+        "recursively), glob patterns")  # fmt: skip
+    add("--files-from", metavar="FILE", help="a text file with one more PATH a line")
+    add("--members", default="*", metavar="PATTERN", help="which images of tar shards, by their names (default: all)")
+    add("--image-column", metavar="NAME", help="of parquet files (default: image, or the first one with bytes)")
+    add("--draft", action="store_true", help="decode large JPEGs at a fraction of their size: faster, but CHANGES "
+        "PIXELS and so answers")  # fmt: skip
+
+
+def _model_options(add: Callable[..., Any]) -> None:
     add("--model", default="swinv2_cr_tiny_ns_224", help="name or folder of a model (default: %(default)s)")
     add("--checkpoint", default="", metavar="FILE", help="weights (default: the folder's, or the published ones)")
     add("--num-classes", type=int, metavar="N", help="classes of the checkpoint, where not the model's own")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
     add("--dtype", choices=DTYPES, default="float32", help="to compute in (default: %(default)s)")
     add("--backend", choices=CHOICES, default="auto", help="what computes (default: %(default)s)")
-    add("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: %(default)s)")
+
+
+def _run_options(add: Callable[..., Any]) -> None:
+    add("--resume", action="store_true", help="go on where an earlier run ended, or start where there is none")
+    add("--strict", action="store_true", help="stop at the first image that can't be read")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
+    add("--devices", metavar="LIST", help="all GPUs, by the word all, or several devices with commas between them: a "
+        "process for each")  # fmt: skip
+    add("--batch-size", type=_batch_size, default=32, metavar="N", help="images at a time, or auto to find a good "
+        "number (default: %(default)s)")  # fmt: skip
+    add("--workers", type=int, metavar="N", help="processes that decode (default: as many as there are cores)")
+    add("--threads", type=int, metavar="N", help="on a CPU, batches computed at a time, each on one core (default: as "
+        "many as there are cores); 0 for one batch at a time on all cores")  # fmt: skip
+    add("--part-size", type=int, metavar="N", help="images after which results are safe from whatever happens "
+        "(default: 1024, fewer where these are large)")  # fmt: skip
+    add("--quiet", action="store_true", help="say nothing but errors")
+
+
+def _predict_options(command: argparse.ArgumentParser, add: Callable[..., Any]) -> None:
+    command.set_defaults(run=_predict)
     add("--topk", type=int, default=5, metavar="K", help="classes for each image (default: %(default)s)")
-    add("--output", metavar="FILE", help="a .csv or .jsonl file (default: a table on the terminal)")
+    add("--output", metavar="FILE", help="a .csv, .jsonl or .parquet file (default: a table on the terminal)")
+    add("--label-type", choices=LABEL_TYPES, default="description", help="of ImageNet's classes: WordNet's id, words, "
+        "or words and definition (default: %(default)s)")  # fmt: skip
+    flag = argparse.BooleanOptionalAction
+    add("--include-index", action=flag, default=True, help="the numbers of classes, beside their names")
+    add("--fullname", action=flag, default=True, help="names of images with their folders")
+
+
+def _embed_options(command: argparse.ArgumentParser, add: Callable[..., Any]) -> None:
+    command.set_defaults(run=_embed)
+    add("--output", required=True, metavar="FILE", help="a .npy or .parquet file")
+    add("--stored", choices=STORED, default="float32", help="dtype in the file (default: %(default)s)")
+
+
+def _features_options(command: argparse.ArgumentParser, add: Callable[..., Any]) -> None:
+    command.set_defaults(run=_features)
+    add("--output", required=True, metavar="FILE", help="a .npy file (one for each stage) or a .parquet file")
+    add("--stages", type=int, nargs="+", metavar="N", help="from 0, or from the end with -1 (default: all)")
+    add("--stored", choices=STORED, default="float32", help="dtype in the file (default: %(default)s)")
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _predict(options: argparse.Namespace) -> int:
-    files = find_images(options.paths)
-    if not files:
-        raise ValueError(f"found no images in {', '.join(options.paths)}")
-    open_writer(options.output, options.topk)  # a wrong ending is said before anything is loaded
+    def pipeline(model: nn.Module, **common: Any) -> Predictor:
+        names = {} if options.label_type == "description" else {"labels": imagenet_labels(options.label_type)}
+        if names and getattr(model, "num_classes", 0) != 1000:
+            raise ValueError(
+                f"--label-type {options.label_type} is for ImageNet's 1000 classes, not {model.num_classes}"
+            )
+        flags = {"include_index": options.include_index, "fullname": options.fullname}
+        return Predictor(model, topk=options.topk, **names, **flags, **common)
+
+    if options.output is None and (options.resume or options.devices):
+        raise ValueError("--resume and --devices need an --output")
+    return _run(options, Predictor, pipeline)
+
+
+def _embed(options: argparse.Namespace) -> int:
+    return _run(options, Embedder, lambda model, **common: Embedder(model, stored=options.stored, **common))
+
+
+def _features(options: argparse.Namespace) -> int:
+    def pipeline(model: nn.Module, **common: Any) -> FeatureExtractor:
+        return FeatureExtractor(model, stages=options.stages, stored=options.stored, **common)
+
+    return _run(options, FeatureExtractor, pipeline)
+
+
+def _run(options: argparse.Namespace, kind: type[Pipeline], make: Callable[..., Pipeline]) -> int:
+    if not options.paths and not options.files_from:
+        options.usage_error("give a PATH, or --files-from")
+    images = Images(tuple(options.paths), options.files_from, options.members, options.image_column)
+    if options.output is not None:  # what can't be written is said before anything is loaded
+        check_ending(Path(options.output), kind.endings)
+        check_output(Path(options.output))
+    if next(iter(images), None) is None:
+        raise ValueError(f"found no images in {', '.join([*options.paths, *filter(None, [options.files_from])])}")
+    devices = _devices(options)
+    pipeline = make(_model(options), **_common(options, devices))
+    progress = _Progress(options, images)
+    pipeline.say = progress.say
+    with progress:
+        try:
+            if options.output is None:
+                _show(pipeline, images, options, progress)
+            else:
+                progress.summary = pipeline.write(
+                    images,
+                    options.output,
+                    resume=options.resume,
+                    strict=options.strict,
+                    part_size=options.part_size,
+                    devices=devices if len(devices) > 1 else (),
+                    watch=progress,
+                )
+        except KeyboardInterrupt:
+            progress.interrupted()
+            return INTERRUPTED
+    return progress.close()
+
+
+def _model(options: argparse.Namespace) -> nn.Module:
     overrides = {} if options.num_classes is None else {"num_classes": options.num_classes}
     has_weights = options.checkpoint or (Path(options.model) / CONFIG_FILE).is_file()
-    model = create_model(options.model, pretrained=not has_weights, checkpoint_path=options.checkpoint, **overrides)
-    predictor = Predictor(
-        model,
-        device=options.device,
-        dtype=DTYPES[options.dtype],
-        batch_size=options.batch_size,
-        topk=options.topk,
-        backend=options.backend,
-    )
-    failures = 0
-    with open_writer(options.output, predictor.topk) as write, tqdm(total=len(files), unit="img", disable=None) as bar:
+    return create_model(options.model, pretrained=not has_weights, checkpoint_path=options.checkpoint, **overrides)
+
+
+def _devices(options: argparse.Namespace) -> list[str]:
+    if options.devices is None:
+        return [options.device]
+    if options.devices != "all":
+        return options.devices.split(",")
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def _common(options: argparse.Namespace, devices: list[str]) -> dict[str, Any]:
+    """Options of every Pipeline. On a CPU each core computes a batch of its own, and there is a decoding process for
+    each core too: the operating system then gives the cores to whichever of the two is behind."""
+    cores = usable_cores()
+    for device in devices[1:]:
+        resolve_device(device)
+    threads = cores if options.threads is None else options.threads
+    if threads > 0:
+        torch.set_num_threads(1)
+    return {
+        "device": devices[0],
+        "dtype": DTYPES[options.dtype],
+        "batch_size": options.batch_size,
+        "backend": options.backend,
+        "workers": cores if options.workers is None else options.workers,
+        "threads": threads,
+        "draft": options.draft,
+    }
+
+
+def _show(pipeline: Predictor, images: Images, options: argparse.Namespace, progress: "_Progress") -> None:
+    with table() as show:
+        for result in pipeline.predict(images):
+            failed = isinstance(result, Failure)
+            if failed and options.strict:
+                raise RuntimeError(f"{result.filename} can't be read: {result.reason}")
+            progress([result.filename], [result.reason if failed else None])
+            if not failed:
+                name = result.filename if options.fullname else PurePath(result.filename).name
+                show(Prediction(name, result.indices, result.labels, result.probabilities))
+
+
+class _Progress:
+    """What is said on the terminal while images go by, and after them."""
+
+    def __init__(self, options: argparse.Namespace, images: Images):
+        self.summary = None
+        self._options = options
+        self._images = self._failures = 0
+        done = Parts.images_of(Path(options.output)) if options.output and options.resume else 0
+        self._bar = tqdm(unit="img", disable=True if options.quiet else None, initial=done)
+        if not self._bar.disable:
+            threading.Thread(target=self._find_total, args=(images,), daemon=True).start()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def __call__(self, names: list[str], reasons: list[str | None]) -> None:
+        for name, reason in zip(names, reasons, strict=True):
+            if reason is not None:
+                self._failures += 1
+                if self._failures <= MOST_SAID:
+                    self.say(f"skipped {name}: {reason}")
+        self._images += len(names)
+        self._bar.update(len(names))
+
+    def say(self, message: str) -> None:
+        tqdm.write(f"swinfast: {message}", file=sys.stderr)
+
+    def interrupted(self) -> None:
+        if self._options.output is None:
+            self.say("interrupted, the results so far are written to the terminal")
+        else:
+            done = Parts.images_of(Path(self._options.output))
+            self.say(f"interrupted, {done} images are done: --resume goes on from there")
+
+    def close(self) -> int:
+        images, failures = self._images, self._failures
+        if self.summary is not None:
+            images, failures = self.summary.images, self.summary.failures
+            if not self._options.quiet:
+                self.say(str(self.summary))
+        if failures:
+            self.say(f"{failures} of {images} images could not be read")
+        return SOME_FAILED if failures else OK
+
+    def _find_total(self, images: Images) -> None:
+        """While the run goes on already: to go through a million names takes a while."""
         try:
-            for result in predictor.predict(files):
-                if isinstance(result, Failure):
-                    failures += 1
-                    tqdm.write(f"swinfast: skipped {result.filename}: {result.reason}", file=sys.stderr)
-                else:
-                    write(result)
-                bar.update()
-        except KeyboardInterrupt:
-            written = options.output or "the terminal"
-            tqdm.write(f"swinfast: interrupted, the results so far are written to {written}", file=sys.stderr)
-            return INTERRUPTED
-    if failures:
-        print(f"swinfast: {failures} of {len(files)} images could not be read", file=sys.stderr)
-    return SOME_FAILED if failures else OK
+            self._bar.total = images.count()
+        except (OSError, RuntimeError):  # the run will say it
+            return
+        self._bar.refresh()

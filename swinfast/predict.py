@@ -1,21 +1,33 @@
-"""Classify image files: find them, decode them in threads beside the model, and give each its top classes."""
+"""Images through a model: Predictor for classes, Embedder for embeddings, FeatureExtractor for feature maps."""
 
-import glob
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from .adapters import DTYPES
-from .optimize import optimize
-from .preprocess import transform_of
+from .batch.compute import Arrays
+from .batch.formats import ARRAYS, PREDICTIONS, Layout
+from .batch.sources import Images, find_images
+from .labels import imagenet_labels, labels_of
+from .pipeline import Pipeline, resolve_device
+
+__all__ = [
+    "Embedder",
+    "Failure",
+    "FeatureExtractor",
+    "Features",
+    "Images",
+    "Prediction",
+    "Predictor",
+    "find_images",
+    "imagenet_labels",
+    "resolve_device",
+]
+
+STORED = ("float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,14 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Features:
+    """Arrays of an image by name: "embedding" [C], or "stage_0", "stage_1", … [C, H, W]."""
+
+    filename: str
+    arrays: Arrays
+
+
+@dataclass(frozen=True)
 class Failure:
     """An image that could not be read, and why."""
 
@@ -36,151 +56,174 @@ class Failure:
     reason: str
 
 
-class Predictor:
-    """An optimised classifier with what it needs around it.
+class Predictor(Pipeline):
+    """Classifies images.
 
     Args:
-        model: A classifier with a ``pretrained_cfg``, plain or optimised; it is left as it is.
-        device: "auto" for a GPU where there is one, or a torch device.
-        dtype: To compute in; None for the model's.
-        batch_size: Images at a time.
+        model, **options: As of Pipeline; the model must be a classifier.
         topk: Classes for each image, at most as many as the model has.
         labels: A name for each class; by default the model's own ``label_names``, ImageNet's for 1000 classes, or the
             class numbers.
-        backend: As ``swinfast.optimize`` takes it.
-
-    Raises:
-        ValueError: An argument is out of range, or the model is no classifier.
-        RuntimeError: The device is not there.
+        include_index: Whether files of results have the class numbers beside the labels.
+        fullname: Whether files of results name images with their folders.
     """
+
+    what = "predictions"
+    endings = PREDICTIONS
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        device: str | torch.device = "auto",
-        dtype: torch.dtype | None = None,
-        batch_size: int = 32,
         topk: int = 5,
         labels: Sequence[str] | None = None,
-        backend: str = "auto",
+        include_index: bool = True,
+        fullname: bool = True,
+        **options: Any,
     ):
-        for name, value in (("batch_size", batch_size), ("topk", topk)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype!r}")
-        classes = getattr(model, "num_classes", 0)
-        if classes < 1:
-            raise ValueError(f"model must be a classifier, {type(model).__name__} has num_classes={classes}")
-        self.transform = transform_of(model)
-        self.labels = _labels(model, classes) if labels is None else tuple(labels)
+        if topk < 1:
+            raise ValueError(f"topk must be at least 1, got {topk}")
+        self._check(model)
+        classes = model.num_classes
+        self.labels = labels_of(model, classes) if labels is None else tuple(labels)
         if len(self.labels) != classes:
             raise ValueError(f"labels must name each of the {classes} classes, got {len(self.labels)} names")
-        self.device = resolve_device(device)
         self.topk = min(topk, classes)
-        self.batch_size = batch_size
-        self.model = optimize(model, backend=backend).to(self.device, dtype).eval()
+        self.include_index = include_index
+        self.fullname = fullname
+        super().__init__(model, **options)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities and class indices of the top classes, [B, topk] each, for prepared images [B, C, H, W]."""
         with torch.inference_mode():
-            logits = self.model(images.to(self.device, non_blocking=True))
-            top = logits.float().softmax(dim=-1).topk(self.topk, dim=-1)
-        return top.values.cpu(), top.indices.cpu()
+            top = self._forward(images.to(self.device, non_blocking=True))
+        return top["prob"].cpu(), top["index"].cpu()
 
-    def predict(self, files: Iterable[str | Path]) -> Iterator[Prediction | Failure]:
-        """One result for each file, in order; unreadable files give a Failure. Memory does not grow with the files."""
-        with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
-            try:
-                for batch in _batches(pool, self._load, files, self.batch_size):
-                    yield from self._classify(batch)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+    def predict(self, files: Iterable[str | Path] | Images) -> Iterator[Prediction | Failure]:
+        """One result for each image, in order; unreadable ones give a Failure. Memory does not grow with the files."""
+        for done in self._run(files):
+            rows = zip(*(done.arrays[key].tolist() for key in ("index", "prob")), strict=True) if done.arrays else None
+            for name, reason in zip(done.names, done.reasons, strict=True):
+                if reason is not None:
+                    yield Failure(name, reason)
+                else:
+                    classes, probabilities = next(rows)
+                    yield Prediction(name, tuple(classes), tuple(self.labels[c] for c in classes), tuple(probabilities))
 
-    def _load(self, file: str | Path) -> Tensor | Failure:
-        try:
-            return self.transform.load(file)
-        except Exception as error:  # damaged files make Pillow's decoders raise nearly any type
-            return Failure(str(file), f"{type(error).__name__}: {error}")
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.labels, self.topk, self.include_index, self.fullname)
 
-    def _classify(self, batch: list[tuple[str, Tensor | Failure]]) -> Iterator[Prediction | Failure]:
-        images = [item for _, item in batch if isinstance(item, Tensor)]
-        if images:
-            probabilities, indices = (top.tolist() for top in self(torch.stack(images)))
-            rows = zip(probabilities, indices, strict=True)
-        for name, item in batch:
-            if isinstance(item, Failure):
-                yield item
-            else:
-                values, classes = next(rows)
-                yield Prediction(name, tuple(classes), tuple(self.labels[c] for c in classes), tuple(values))
+    def _check(self, model: nn.Module) -> None:
+        classes = getattr(model, "num_classes", 0)
+        if classes < 1:
+            raise ValueError(f"model must be a classifier, {type(model).__name__} has num_classes={classes}")
+
+    def _forward(self, images: Tensor) -> dict[str, Tensor]:
+        top = self.model(images).float().softmax(dim=-1).topk(self.topk, dim=-1)
+        return {"index": top.indices, "prob": top.values}
 
 
-def find_images(paths: Iterable[str | Path]) -> list[str]:
-    """The files meant by files, folders (searched recursively) and glob patterns, each sorted by name.
+class _ArrayPipeline(Pipeline):
+    """Results that are arrays.
 
-    A path that is nothing of these stays in the list, so that reading it says what is wrong.
+    Args:
+        model, **options: As of Pipeline.
+        stored: "float32", or "float16" for half the space.
     """
-    found = []
-    for path in map(str, paths):
-        if Path(path).is_dir():
-            found += sorted(str(file) for file in Path(path).rglob("*") if _is_image(file))
-        elif not Path(path).exists() and glob.has_magic(path):
-            matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute ones)
-            found += [match for match in matches if Path(match).is_file()] or [path]
+
+    endings = ARRAYS
+
+    def __init__(self, model: nn.Module, *, stored: str = "float32", **options: Any):
+        if stored not in STORED:
+            raise ValueError(f"stored must be one of {', '.join(STORED)}, got {stored!r}")
+        self._stored = getattr(torch, stored)
+        super().__init__(model, **options)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(arrays=self.shapes)
+
+    def extract(self, files: Iterable[str | Path] | Images) -> Iterator[Features | Failure]:
+        """One result for each image, in order; unreadable ones give a Failure. Memory does not grow with the files."""
+        for done in self._run(files):
+            row = 0
+            for name, reason in zip(done.names, done.reasons, strict=True):
+                if reason is not None:
+                    yield Failure(name, reason)
+                else:
+                    yield Features(name, {key: array[row] for key, array in done.arrays.items()})
+                    row += 1
+
+
+class Embedder(_ArrayPipeline):
+    """Pooled embeddings of images: the array "embedding", [num_features] for each. Arguments as of _ArrayPipeline."""
+
+    what = "embeddings"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Embeddings [B, num_features] of prepared images [B, C, H, W]."""
+        with torch.inference_mode():
+            return self._forward(images.to(self.device, non_blocking=True))["embedding"].cpu()
+
+    def _check(self, model: nn.Module) -> None:
+        if not hasattr(model, "forward_head"):
+            raise ValueError(f"model must have forward_features and forward_head, {type(model).__name__} has none")
+
+    def _forward(self, images: Tensor) -> dict[str, Tensor]:
+        pooled = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+        return {"embedding": pooled.to(self._stored)}
+
+
+class FeatureExtractor(_ArrayPipeline):
+    """Feature maps of stages of a model: arrays "stage_0", "stage_1", …, [C, H, W] for each image.
+
+    Args:
+        model, **options: As of Pipeline; a whole model, or one with features_only=True, which names its stages itself.
+        stages: Their numbers, negative ones from the end; None for all.
+        stored: "float32", or "float16" for half the space.
+    """
+
+    what = "features"
+
+    def __init__(self, model: nn.Module, *, stages: Sequence[int] | None = None, **options: Any):
+        self._check(model)
+        self._whole = hasattr(model, "forward_intermediates")
+        self.stages = _stages(model, stages, self._whole)
+        super().__init__(model, **options)
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Feature maps [B, C, H, W] by name, of prepared images [B, C, H, W]."""
+        with torch.inference_mode():
+            maps = self._forward(images.to(self.device, non_blocking=True))
+        return {name: value.cpu() for name, value in maps.items()}
+
+    def _check(self, model: nn.Module) -> None:
+        if not hasattr(model, "forward_intermediates") and not hasattr(model, "feature_info"):
+            raise ValueError(
+                f"model must have forward_intermediates or features_only=True, {type(model).__name__} has neither"
+            )
+
+    def _forward(self, images: Tensor) -> dict[str, Tensor]:
+        if self._whole:
+            options = {"indices": list(self.stages), "stop_early": True, "intermediates_only": True}
+            maps = self.model.forward_intermediates(images, **options)
         else:
-            found.append(path)
-    return found
+            maps = self.model(images)
+        stored = (value.to(self._stored).contiguous() for value in maps)
+        return {f"stage_{stage}": value for stage, value in zip(self.stages, stored, strict=True)}
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """A torch device for "auto" or a device's name; RuntimeError where this machine does not have it."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(device)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RuntimeError(f"device {str(device)!r} is not available here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-@lru_cache(maxsize=1)
-def imagenet_labels() -> tuple[str, ...]:
-    """Names of the 1000 classes of ImageNet-1k (ILSVRC 2012), in the order of models trained on it.
-
-    They are the lemmas of the classes' WordNet synsets.
-    """
-    text = (resources.files(__package__) / "imagenet_classes.txt").read_text(encoding="utf-8")
-    return tuple(text.splitlines())
-
-
-def _labels(model: nn.Module, classes: int) -> tuple[str, ...]:
-    names = tuple((getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ())
-    if len(names) == classes:
-        return names
-    if classes == 1000:
-        return imagenet_labels()
-    return tuple(map(str, range(classes)))
-
-
-def _is_image(file: Path) -> bool:
-    image_format = Image.registered_extensions().get(file.suffix.lower())
-    readable = image_format in Image.OPEN or image_format == "MPO"  # PDF is only written; MPO is opened as JPEG
-    return readable and file.is_file()
-
-
-def _batches(
-    pool: ThreadPoolExecutor, load, files: Iterable[str | Path], size: int
-) -> Iterator[list[tuple[str, object]]]:
-    """(name, load(file)) in lists of size, with one more list being loaded ahead."""
-    waiting: deque[tuple[str, Future]] = deque()
-    files = iter(files)
-    while True:
-        while len(waiting) < 2 * size and (file := next(files, None)) is not None:
-            waiting.append((str(file), pool.submit(load, file)))
-        if not waiting:
-            return
-        ready = [waiting.popleft() for _ in range(min(size, len(waiting)))]
-        yield [(name, future.result()) for name, future in ready]
+def _stages(model: nn.Module, stages: Sequence[int] | None, whole: bool) -> tuple[int, ...]:
+    """Numbers of the stages that are meant, in order."""
+    if not whole:
+        if stages is not None:
+            raise ValueError(f"stages must be None for a model that has chosen its own, got {stages!r}")
+        return tuple(int(name.rpartition(".")[2]) for name in model.feature_info.module_name())
+    count = len(model.stages)
+    if stages is None:
+        return tuple(range(count))
+    numbers = sorted({stage % count for stage in stages if -count <= stage < count})
+    if len(numbers) != len(stages) or not numbers:
+        raise ValueError(f"stages must be different numbers from {-count} to {count - 1}, got {list(stages)}")
+    return tuple(numbers)

@@ -4,7 +4,6 @@ Resize so that the image covers size / crop_pct, cut out the centre, scale to 0.
 any mode becomes RGB by Pillow's conversion, and EXIF rotation is not applied.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .pixels import Crop, Size
 from .variants import IMAGENET_MEAN, IMAGENET_STD
-
-Size = tuple[int, int]
-LARGEST_RESIZED = 2**25  # pixels of a whole resized image; a strip one pixel high would become thousands wide
 
 
 @dataclass(frozen=True)
@@ -43,50 +40,18 @@ class Transform:
 
     def load(self, path: str | Path) -> Tensor:
         """Decode a file and transform it; raises OSError (or Pillow's own errors) where it can't be read."""
-        with Image.open(path) as image:
-            return self(image)
-
-    def crop(self, image: Image.Image) -> Image.Image:
-        """Resized and cropped to size, in RGB (or L)."""
-        image = image.convert("RGB" if len(self.mean) == 3 else "L")
-        width, height = image.size
-        resized = self._resized((height, width))
-        if resized[0] * resized[1] > max(LARGEST_RESIZED, width * height):
-            return self._resized_crop(image, resized)
-        if resized != (height, width):
-            image = image.resize(resized[::-1], self._filter)
-        return _center_crop(image, self.size)
+        return self.normalise(self.crop.load(path))
 
     @property
-    def _filter(self) -> Image.Resampling:
-        return Image.Resampling[self.interpolation.upper()]
-
-    def _resized_crop(self, image: Image.Image, resized: Size) -> Image.Image:
-        """Resize only what the crop will keep, for strips that would grow to gigabytes.
-
-        The same but for rounding, and for overshoots, which Pillow clips after either of its two passes.
-        """
-        (height, width), (whole_height, whole_width) = self.size, resized
-        top, left = round((whole_height - height) / 2.0), round((whole_width - width) / 2.0)
-        x, y = image.width / whole_width, image.height / whole_height
-        box = (left * x, top * y, (left + width) * x, (top + height) * y)
-        return image.resize((width, height), self._filter, box=box)
+    def crop(self) -> Crop:
+        """The part of it that works on pixels."""
+        return Crop(self.size, self.crop_pct, self.interpolation, len(self.mean))
 
     def normalise(self, image: Image.Image) -> Tensor:
         """An RGB or L image to float32 [C, H, W]."""
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8, copy=True)).reshape(*image.size[::-1], len(self.mean))
         mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (self.mean, self.std))
         return pixels.permute(2, 0, 1).contiguous().float().div(255).sub(mean).div(std)
-
-    def _resized(self, size: Size) -> Size:
-        """(H, W) after resizing: the shorter side to size / crop_pct for square crops, else to cover both sides."""
-        scaled = tuple(math.floor(side / self.crop_pct) for side in self.size)
-        if scaled[0] == scaled[1]:
-            short, long = min(size), max(size)
-            long = int(scaled[0] * long / short)
-            return (scaled[0], long) if size[0] <= size[1] else (long, scaled[0])
-        ratio = min(side / target for side, target in zip(size, scaled, strict=True))
-        return tuple(round(side / ratio) for side in size)
 
 
 def transform_of(model: nn.Module) -> Transform:
@@ -122,17 +87,3 @@ def _per_channel(name: str, values: Sequence[float], channels: int) -> tuple[flo
     if len(values) == 1:
         return values * channels
     raise ValueError(f"{name} must have {channels} values, got {values}")
-
-
-def _center_crop(image: Image.Image, size: Size) -> Image.Image:
-    """The centre of an image, on black where the image is smaller."""
-    (height, width), (old_width, old_height) = size, image.size
-    if width > old_width or height > old_height:
-        left = (width - old_width) // 2 if width > old_width else 0
-        top = (height - old_height) // 2 if height > old_height else 0
-        canvas = Image.new(image.mode, (max(width, old_width), max(height, old_height)))
-        canvas.paste(image, (left, top))
-        image = canvas
-    top = round((image.height - height) / 2.0)
-    left = round((image.width - width) / 2.0)
-    return image.crop((left, top, left + width, top + height))

@@ -1,18 +1,25 @@
 """The command line: arguments, outputs, exit codes."""
 
 import csv
+import io
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 from helpers import randomise, write_image
+from PIL import Image
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import swinfast
 from swinfast.cli import main
@@ -138,7 +145,7 @@ def test_only_unreadable_images(predict, bad_images, tmp_path, capsys):
 @pytest.mark.parametrize("output", ["out.txt", "out", "out.csv.gz", "csv"])
 def test_wrong_ending(predict, photos, no_model, capsys, tmp_path, output):
     assert predict(photos, "--output", tmp_path / output) == 2
-    assert f"output must end in .csv or .jsonl, got '{tmp_path / output}'" in capsys.readouterr().err
+    assert f"output must end in .csv, .jsonl or .parquet, got '{tmp_path / output}'" in capsys.readouterr().err
     assert not (tmp_path / output).exists()
 
 
@@ -154,11 +161,10 @@ def test_unknown_model(predict, photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("output", ["nowhere/out.csv", "folder.csv", "folder.jsonl"])
-def test_unwritable_output(predict, photos, tmp_path, monkeypatch, capsys, output):
-    """It is said before the first image is classified, so that no results are lost."""
+def test_unwritable_output(predict, photos, tmp_path, no_model, capsys, output):
+    """It is said before any work."""
     for folder in ("folder.csv", "folder.jsonl"):
         (tmp_path / folder).mkdir()
-    monkeypatch.setattr(swinfast.Predictor, "predict", lambda *args: pytest.fail("an image was classified"))
     assert predict(photos, "--output", tmp_path / output) == 2
     assert str(tmp_path / output) in capsys.readouterr().err
 
@@ -175,6 +181,11 @@ def test_older_output_survives_a_model_that_does_not_load(predict, photos, tmp_p
         (["--batch-size", "0"], "batch_size must be at least 1"),
         (["--topk", "0"], "topk must be at least 1"),
         (["--num-classes", "7"], "wrong shape"),
+        (["--label-type", "name"], "--label-type name is for ImageNet's 1000 classes, not 10"),
+        (["--part-size", "0", "--output", "out.csv"], "part_size must be at least 1, got 0"),
+        (["--resume"], "--resume and --devices need an --output"),
+        (["--files-from", "none.txt"], "No such file or directory: 'none.txt'"),
+        (["--devices", "cpu,cuda:77", "--output", "out.csv"], "device 'cuda:77' is not available here"),
         (["--num-classes", "0"], "model must be a classifier"),
         (["--checkpoint", "none.pth"], "no checkpoint file at none.pth"),
     ],
@@ -259,22 +270,18 @@ def test_filename_that_is_no_text(predict, tmp_path, capsys):
     assert r"caf\udce9.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("output", [None, "out.csv", "out.jsonl"], ids=str)
-def test_interrupted_run_keeps_its_results(predict, photos, tmp_path, monkeypatch, capsys, output):
+def test_interrupted_table(predict, photos, monkeypatch, capsys):
     complete = swinfast.Predictor.predict
 
     def predict_two(self, files):
-        yield from complete(self, files[:2])
+        yield from itertools.islice(complete(self, files), 2)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(swinfast.Predictor, "predict", predict_two)
-    options = ["--output", tmp_path / output] if output else []
-    assert predict(photos, *options) == 130
+    assert predict(photos) == 130
     out, error = capsys.readouterr()
-    where = tmp_path / output if output else "the terminal"
-    assert f"swinfast: interrupted, the results so far are written to {where}" in error
-    lines = (tmp_path / output).read_text(encoding="utf-8").splitlines() if output else out.splitlines()
-    assert sum("photos" in line for line in lines) == 2
+    assert "swinfast: interrupted, the results so far are written to the terminal" in error
+    assert sum("photos" in line for line in out.splitlines()) == 2
 
 
 def test_interrupted_while_loading(predict, photos, monkeypatch):
@@ -301,34 +308,153 @@ def test_module(photos, model_folder, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_interrupt_in_the_middle(photos, model_folder, tmp_path):
+def test_interrupt_in_the_middle(photos, model_folder, tmp_path, predict):
     """A named pipe among the images holds the run up in its middle until the signal is there."""
     images = [write_image(tmp_path / f"{seed:02}.png", seed) for seed in range(20)]
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
     output = tmp_path / "out.csv"
-    call = command(model_folder, *images[:8], pipe, *images[8:], "--batch-size", "4", "--output", output)
+    options = ["--batch-size", "4", "--part-size", "4", "--threads", "1", "--workers", "1", "--output", output]
+    call = command(model_folder, *images[:8], pipe, *images[8:], *options)
     process = subprocess.Popen(call, stderr=subprocess.PIPE, text=True, preexec_fn=allow_interrupts)
-    give_up = time.monotonic() + 120
+    give_up = time.monotonic() + 60
     try:
-        while not (output.exists() and len(output.read_text(encoding="utf-8").splitlines()) == 9):
+        while len(list(tmp_path.glob("out.csv.parts/0*.json"))) < 1:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < give_up, "results are not written while the run goes on"
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        pipe.open("wb").close()
-        _, error = process.communicate()
+        _, error = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130
     assert "Traceback" not in error
-    assert f"swinfast: interrupted, the results so far are written to {output}" in error
-    assert output.read_bytes().endswith(b"\r\n")
-    header, *rows = read_csv(output)
-    assert [row[0] for row in rows] == [str(file) for file in images[:8]]
-    assert {len(row) for row in (header, *rows)} == {16}
+    done = re.search(r"swinfast: interrupted, (\d+) images are done: --resume goes on from there", error)
+    assert int(done[1]) in (4, 8)
+    assert not output.exists()
+    pipe.unlink()
+    assert predict(*images[:8], pipe, *images[8:], *options, "--resume") == 1
+    assert [row[0] for row in read_csv(output)[1:]] == list(map(str, images))
 
 
 def allow_interrupts() -> None:
     """A shell may have started the tests with interrupts ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def faults(tmp_path, photos, bad_images) -> Path:
+    """A folder with one of each bad file among good ones."""
+    for file in bad_images.values():
+        if file.exists():
+            file.rename(photos / file.name)
+    (photos / "gone.png").symlink_to(photos / "nothing.png")
+    Image.new("1", (20000, 20000)).save(photos / "bomb.png")
+    (photos / "pixels.png").write_bytes((photos / "a.png").read_bytes()[:60])
+    return photos
+
+
+REASONS = {
+    "bomb.png": "DecompressionBombError",
+    "cut.jpg": "truncated",
+    "empty.jpg": "cannot identify",
+    "gone.png": "FileNotFoundError",
+    "pixels.png": "OSError",
+    "text.png": "cannot identify",
+}
+
+
+def test_one_of_each_bad_file(predict, faults, tmp_path, capsys):
+    assert predict(faults, "--output", tmp_path / "out.csv") == 1
+    assert [row[0] for row in read_csv(tmp_path / "out.csv")[1:]] == names_in(faults)
+    errors = dict(read_csv(tmp_path / "out.csv.errors.csv")[1:])
+    assert {Path(name).name for name in errors} == set(REASONS)
+    for name, reason in REASONS.items():
+        assert reason in errors[str(faults / name)]
+    assert "swinfast: 6 of 11 images could not be read" in capsys.readouterr().err
+
+
+def test_strict(predict, faults, tmp_path, capsys):
+    options = ["--output", tmp_path / "out.csv", "--batch-size", 1, "--part-size", 1]
+    assert predict(faults, *options, "--strict") == 2
+    assert f"swinfast: error: {faults}/bomb.png can't be read: DecompressionBombError" in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()
+    assert predict(faults, *options, "--resume") == 1
+    assert len(read_csv(tmp_path / "out.csv")) == 6
+    assert predict(faults, "--strict") == 2
+
+
+def test_resume_with_other_settings(predict, photos, tmp_path, capsys):
+    output = ["--output", tmp_path / "out.csv", "--resume"]
+    assert predict(photos, *output) == 0
+    assert predict(photos, *output) == 0
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert predict(photos, *output, "--topk", 2) == 2
+    assert "can't be resumed: topk was 5, is 2" in capsys.readouterr().err
+
+
+def test_habits_of_timm(predict, photos, tmp_path):
+    options = ["--no-include-index", "--no-fullname", "--topk", 2, "--quiet", "--output", tmp_path / "out.csv"]
+    assert predict(photos, *options) == 0
+    header, *rows = read_csv(tmp_path / "out.csv")
+    assert header == ["filename", "top1_label", "top1_prob", "top2_label", "top2_prob"]
+    assert [row[0] for row in rows] == ["a.png", "b.jpg", "e.png", "c.webp", "d.bmp"]
+
+
+@pytest.mark.parametrize(
+    "label_type, first",
+    [
+        ("name", "n01440764"),
+        ("description", "tench, Tinca tinca"),
+        ("detail", "tench, Tinca tinca: freshwater dace-like game fish of Europe"),
+    ],
+)
+def test_label_type(photos, tmp_path, label_type, first):
+    model = randomise(swinfast.create_model("swinv2_cr_tiny_224", img_size=32, depths=(1,), num_heads=(3,)))
+    config = {"architecture": "swinv2_cr_tiny_224", "num_classes": 1000, "pretrained_cfg": {"input_size": [3, 32, 32]}}
+    config["model_args"] = {"img_size": 32, "depths": [1], "num_heads": [3]}
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "imagenet" / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), tmp_path / "imagenet" / "model.safetensors")
+    options = ["--model", tmp_path / "imagenet", "--topk", 1000, "--label-type", label_type, "--device", "cpu"]
+    command = ["predict", photos / "a.png", *options, "--output", tmp_path / "out.jsonl"]
+    assert main(list(map(str, command))) == 0
+    tops = json.loads((tmp_path / "out.jsonl").read_text())["predictions"]
+    assert next(top["label"] for top in tops if top["index"] == 0).startswith(first)
+
+
+@pytest.mark.parametrize("command, endings", [("embed", ".npy or .parquet"), ("features", ".npy or .parquet")])
+def test_arrays(photos, model_folder, tmp_path, command, endings, capsys):
+    base = [command, photos, "--model", model_folder, "--device", "cpu", "--output"]
+    assert main(list(map(str, [*base, tmp_path / "out.csv"]))) == 2
+    assert f"output must end in {endings}, got" in capsys.readouterr().err
+    assert main(list(map(str, [*base, tmp_path / "out.npy"]))) == 0
+    assert len(read_csv(tmp_path / "out.index.csv")) == 6
+    arrays = sorted(tmp_path.glob("*.npy"))
+    assert [np.load(file).shape for file in arrays] == (
+        [(5, 32)] if command == "embed" else [(5, 16, 16, 16), (5, 32, 8, 8)]
+    )
+
+
+def test_progress_on_a_terminal(predict, photos, tmp_path, monkeypatch):
+    """A bar with the rate; it finds out how many images there are while it runs."""
+    bars = []
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    class Bar(tqdm):
+        def __init__(self, **options):
+            super().__init__(file=Terminal(), **options)
+            bars.append(self)
+
+    monkeypatch.setattr("swinfast.cli_predict.tqdm", Bar)
+    for thread in (predict(photos, "--output", tmp_path / "out.csv"), *threading.enumerate()):
+        if isinstance(thread, threading.Thread) and "_find_total" in thread.name:
+            thread.join()
+    (bar,) = bars
+    assert (bar.n, bar.total) == (5, 5)
+    assert "img/s" in bar.fp.getvalue()
+    assert predict(photos, "--quiet", "--output", tmp_path / "out.csv") == 0
+    assert bars[1].disable

@@ -129,7 +129,7 @@ def test_any_error_of_a_decoder_is_a_failure(model, images, monkeypatch, error):
         return opened(path, *args, **kwargs)
 
     monkeypatch.setattr(Image, "open", fail)
-    results = list(swinfast.Predictor(model).predict(images))
+    results = list(swinfast.Predictor(model, workers=0).predict(images))
     assert [isinstance(result, swinfast.Failure) for result in results] == [index == 1 for index in range(7)]
     assert results[1].reason == f"{error.__name__}: damaged"
 
@@ -145,7 +145,7 @@ def test_files_are_taken_as_they_are_needed(model, images):
             assert taken < 1000, "files are taken without end"
             yield images[taken % 7]
 
-    results = swinfast.Predictor(model, batch_size=2).predict(endless())
+    results = swinfast.Predictor(model, batch_size=2, workers=1).predict(endless())
     for _ in range(9):
         next(results)
     results.close()

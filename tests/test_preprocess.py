@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 import swinfast
-from swinfast import preprocess
+from swinfast import pixels
 from swinfast.preprocess import Transform
 
 ROTATED = Image.Exif()
@@ -230,10 +230,10 @@ def test_strips_are_resized_in_part(size, monkeypatch):
 
     The contrast is low, so that nothing overshoots: Pillow clips between its two passes, whose order may differ here.
     """
-    pixels = np.random.default_rng(0).integers(100, 156, (size[1], size[0], 3), dtype=np.uint8)
-    image, transform = Image.fromarray(pixels), Transform((224, 224))
+    noise_of_few = np.random.default_rng(0).integers(100, 156, (size[1], size[0], 3), dtype=np.uint8)
+    image, transform = Image.fromarray(noise_of_few), Transform((224, 224))
     whole = np.asarray(transform.crop(image), dtype=int)
-    monkeypatch.setattr(preprocess, "LARGEST_RESIZED", 0)
+    monkeypatch.setattr(pixels, "LARGEST_RESIZED", 0)
     resize, resized = Image.Image.resize, []
     monkeypatch.setattr(
         Image.Image, "resize", lambda self, to, *a, **k: resized.append(to) or resize(self, to, *a, **k)

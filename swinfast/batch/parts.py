@@ -1,0 +1,257 @@
+"""The parts of an output on disk: written whole or not at all, found again by --resume, joined in the end.
+
+While a run goes on there is a folder OUTPUT.parts with a manifest of the settings and, for each finished part, its
+files and a record that is written last. In the end the parts become OUTPUT, the manifest OUTPUT.manifest.json.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from .compute import Arrays
+from .engine import PartEnd
+from .formats import OutputFile, write_csv
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+MANIFEST = "manifest.json"
+
+
+class ResumeError(ValueError):
+    """What is there was made of other inputs, by another model or with other settings."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished part: its images, a digest of their names, and those that failed, with reasons."""
+
+    images: int
+    digest: str
+    failures: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A finished run."""
+
+    images: int
+    failures: int
+    digest: str  # of the parts' digests
+
+
+class Parts:
+    """The parts of one output.
+
+    Args:
+        output: The path of the whole.
+        settings: What the results depend on, as JSON has it; a run with other settings is not resumed.
+    """
+
+    def __init__(self, output: Path, settings: Mapping[str, Any]):
+        self.output = output
+        self.settings = json.loads(json.dumps(settings))
+        self.folder = output.with_name(output.name + ".parts")
+        self.manifest = output.with_name(output.name + ".manifest.json")
+        self._lock: int | None = None
+        self.errors = output.with_name(output.name + ".errors.csv")
+
+    def begin(self, resume: bool) -> Totals | None:
+        """Make the folder, or find it again; Totals where the whole run is finished already.
+
+        Raises:
+            ResumeError: There is something to resume, but of other settings.
+            RuntimeError: Another run is writing there.
+            OSError: The folder can't be written.
+        """
+        self._forget_leftovers()
+        if self.folder.exists():
+            self._take_lock()
+        if resume and (self.folder / MANIFEST).exists():
+            self._check(json.loads((self.folder / MANIFEST).read_text(encoding="utf-8")), self.folder)
+            return None
+        if resume and self.manifest.exists() and self.output_exists():
+            content = json.loads(self.manifest.read_text(encoding="utf-8"))
+            self._check(content, self.output)
+            return Totals(**content["totals"])
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        self._take_lock()
+        self._write_json(self.folder / MANIFEST, {"settings": self.settings})
+        return None
+
+    def release(self) -> None:
+        """Let others write there. Ends by itself when the process does."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def output_exists(self) -> bool:
+        """Whether the whole is there; of .npy outputs the index always is."""
+        return self.output.exists() or self.output.with_suffix(".index.csv").exists()
+
+    @classmethod
+    def batch_size_of(cls, output: Path) -> int | None:
+        """The batch size of a run that can be resumed, None where there is none."""
+        parts = cls(output, {})
+        for file in (parts.folder / MANIFEST, parts.manifest):
+            if file.exists():
+                return json.loads(file.read_text(encoding="utf-8"))["settings"]["batch_size"]
+        return None
+
+    @classmethod
+    def images_of(cls, output: Path) -> int:
+        """How many images are done of an unfinished run."""
+        parts = cls(output, {})
+        return sum(parts.record(part).images for part in parts.finished())
+
+    def compare_whole(self, steps: Iterable[PartEnd], finished: Totals) -> None:
+        """ResumeError where a finished run was of other inputs than these, divided into parts."""
+        images, digest = 0, ""
+        for step in steps:
+            images, digest = images + step.images, next_digest(digest, step.digest)
+        if (images, digest) != (finished.images, finished.digest):
+            raise ResumeError(
+                f"{self.output} is finished, with {finished.images} images, and the inputs are others now "
+                f"({images} images): start anew without resuming, or give another output"
+            )
+
+    def finished(self) -> set[int]:
+        """Numbers of the parts that are done."""
+        return {int(file.stem) for file in self.folder.glob("*.json") if file.name != MANIFEST}
+
+    def record(self, part: int) -> Record:
+        """Of a finished part."""
+        content = json.loads((self.folder / f"{part:08}.json").read_text(encoding="utf-8"))
+        return Record(content["images"], content["digest"], [tuple(failure) for failure in content["failures"]])
+
+    def commit(self, part: int, files: list[OutputFile], names: list[str], arrays: Arrays, record: Record) -> None:
+        """Write a part's files, then its record: with that it is finished, whatever happens then.
+
+        Raises:
+            OSError: With the number of images that are safe, where the disk is full or the like.
+        """
+        try:
+            for file in files:
+                target = self._file(part, file)
+                temporary = target.with_name(f"{target.name}.{os.getpid()}")
+                file.write(temporary, names, arrays)
+                _move_into_place(temporary, target)
+            self._write_json(self.folder / f"{part:08}.json", asdict(record))
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def join(self, count: int, files: list[OutputFile]) -> Totals:
+        """Make the outputs of count finished parts, and take the folder away."""
+        totals = Totals(0, 0, "")
+        for part in range(count):
+            record = self.record(part)
+            digest = next_digest(totals.digest, record.digest)
+            totals = Totals(totals.images + record.images, totals.failures + len(record.failures), digest)
+        try:
+            for file in files:
+                whole = self.folder / f"whole{file.suffix}"
+                whole.unlink(missing_ok=True)
+                file.merge([self._file(part, file) for part in range(count)], whole)
+            whole = self.folder / "whole.errors.csv"
+            write_csv(whole, ["filename", "reason"], self._failures(count))
+            for file in files:
+                _move_into_place(self.folder / f"whole{file.suffix}", file.target)
+            if totals.failures:
+                _move_into_place(whole, self.errors)
+            else:
+                self.errors.unlink(missing_ok=True)
+            self._write_json(self.manifest, {"settings": self.settings, "totals": asdict(totals)})
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self.folder.rename(self._done)  # at once: a folder half deleted would look like an unfinished run
+        self._forget_leftovers()
+        return totals
+
+    def _take_lock(self) -> None:
+        """On the folder, which two runs would otherwise throw away for each other."""
+        self.release()
+        if fcntl is None:
+            return
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise RuntimeError(f"another run is writing to {self.folder}") from error
+        except OSError:  # a file system without locks
+            self.release()
+
+    def _failures(self, count: int) -> Iterator[tuple[str, str]]:
+        for part in range(count):
+            yield from self.record(part).failures
+
+    def _file(self, part: int, file: OutputFile) -> Path:
+        return self.folder / f"{part:08}{file.suffix}"
+
+    @property
+    def _done(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".done")
+
+    def _forget_leftovers(self) -> None:
+        shutil.rmtree(self._done, ignore_errors=True)
+
+    def _check(self, content: Mapping[str, Any], where: Path) -> None:
+        old = content["settings"]
+        other = [key for key in {**old, **self.settings} if old.get(key) != self.settings.get(key)]
+        if other:
+            said = ", ".join(f"{key} was {_short(old.get(key))}, is {_short(self.settings.get(key))}" for key in other)
+            raise ResumeError(f"{where} can't be resumed: {said}; go back to that, or start anew without resuming")
+
+    def _unwritable(self, error: OSError) -> OSError:
+        kept = f"{self.images_of(self.output)} images are done and kept in {self.folder}; --resume goes on from there"
+        return OSError(error.errno, f"can't write results: {error.strerror or error}: {kept}")
+
+    def _write_json(self, target: Path, content: Mapping[str, Any]) -> None:
+        temporary = self.folder / f"{target.name}.{os.getpid()}"
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        _move_into_place(temporary, target)
+
+
+def check_output(output: Path) -> None:
+    """Find out before any work that an output can't be written; OSError if so."""
+    if output.is_dir():
+        raise IsADirectoryError(f"output {output} is a folder")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"the folder of output {output} does not exist")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"the folder of output {output} can't be written to")
+
+
+def next_digest(whole: str, part: str) -> str:
+    """The digest of a whole run, one part further."""
+    return blake2b((whole + part).encode(), digest_size=16).hexdigest()
+
+
+def _move_into_place(temporary: Path, target: Path) -> None:
+    """Rename, once the contents are safe on the disk."""
+    _sync(temporary, os.O_RDWR)
+    temporary.replace(target)
+    if os.name != "nt":  # where folders can't be opened
+        _sync(target.parent, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:56]} …"

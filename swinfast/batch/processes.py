@@ -1,0 +1,133 @@
+"""A run on several devices of one machine: a process for each, which does its share of the parts."""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from .compute import Waits
+from .decode import usable_cores
+from .parts import ResumeError
+from .share import Job, Share, StrictError, Watch, work
+
+ERRORS = {error.__name__: error for error in (ResumeError, StrictError, OSError, ValueError)}
+CHILD = [sys.executable, "-c", "from swinfast.batch.processes import main; main()"]
+
+
+def work_on(devices: Sequence[str], job: Job, watch: Watch) -> Share:
+    """Do all parts of a job, part i on device i % len(devices).
+
+    Raises:
+        What work raises, with the device in front; RuntimeError where a process ends otherwise.
+    """
+    total, lock = Share(), threading.Lock()
+
+    def told(names: list[str], reasons: list[str | None]) -> None:
+        with lock:
+            watch(names, reasons)
+
+    children = [_start(device, job, rank, len(devices)) for rank, device in enumerate(devices)]
+    try:
+        with ThreadPoolExecutor(len(devices)) as pool:
+            following = [pool.submit(_follow, *pair, told) for pair in zip(children, devices, strict=True)]
+            _, running = wait(following, return_when=FIRST_EXCEPTION)
+            for child in children if running else ():
+                child.kill()
+        failed = [future.exception() for future in following if future.exception() is not None]
+        if failed:
+            raise min(failed, key=lambda error: isinstance(error, _Ended))  # rather a reason than that one was ended
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+            child.stdin.close()
+            child.stdout.close()
+    for future in following:
+        share = future.result()
+        total.parts = share.parts
+        total.waits.add(share.waits)
+    return total
+
+
+class _Ended(RuntimeError):
+    """A process ended without a word."""
+
+
+def _start(device: str, job: Job, rank: int, world: int) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)}
+    child = subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    pipeline = copy.copy(job.pipeline)
+    pipeline.say = None  # each process has its own
+    pipeline.workers = -(-pipeline.workers // world)
+    on_cpu = torch.device(device).type == "cpu"
+    pipeline.threads = -(-pipeline.threads // world)
+    pipeline.model = pipeline.model if pipeline.device.type == "cpu" else copy.deepcopy(pipeline.model).cpu()
+    threads = max(1, usable_cores() // world) if on_cpu and pipeline.threads == 0 else 1  # of each call of PyTorch
+    message = {"device": device, "rank": rank, "world": world, "threads": threads}
+    try:
+        pickle.dump((message, replace(job, pipeline=pipeline)), child.stdin)
+        child.stdin.flush()
+    except BrokenPipeError:  # it will be seen when it is followed
+        pass
+    return child
+
+
+def _follow(child: subprocess.Popen, device: str, watch: Watch) -> Share:
+    """Read what a process tells: lines of JSON."""
+    for line in child.stdout:
+        told = json.loads(line)
+        if "names" in told:
+            watch(told["names"], told["reasons"])
+        elif "say" in told:
+            print(f"swinfast: {told['say']}", file=sys.stderr)
+        elif "error" in told:
+            raise ERRORS.get(told["type"], RuntimeError)(f"{device}: {told['error']}")
+        else:
+            return Share(told["parts"], Waits(**told["waits"]))
+    raise _Ended(f"the process for {device} ended with exit code {child.wait()}")
+
+
+def main() -> None:
+    """A process for one device: a pickled job on the standard input, lines of JSON on the standard output."""
+    tell = _teller()
+    try:
+        message, job = pickle.load(sys.stdin.buffer)
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        torch.set_num_threads(message["threads"])
+        job.pipeline.say = lambda text: tell(say=text)
+        job.pipeline.move(message["device"])
+        share = work(job, lambda names, reasons: tell(names=names, reasons=reasons), message["rank"], message["world"])
+        tell(parts=share.parts, waits=asdict(share.waits))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        known = [cls.__name__ for cls in type(error).__mro__ if cls.__name__ in ERRORS]
+        tell(error=str(error), type=known[0] if known else type(error).__name__)
+        sys.exit(2)
+
+
+def _teller():
+    stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else may write between the lines
+
+    def tell(**message: object) -> None:
+        stream.write(json.dumps(message) + "\n")
+        stream.flush()
+
+    return tell
+
+
+def _end_with_parent() -> None:
+    """Nobody would stop a process whose parent was killed."""
+    while os.read(sys.stdin.fileno(), 1):  # not by sys.stdin, whose lock would be held when this process ends
+        pass
+    os._exit(1)

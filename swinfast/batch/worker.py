@@ -1,0 +1,65 @@
+"""A decoding process. decode.py starts this file as a script, so that it imports Pillow and nothing larger.
+
+It reads pickled lists of sources (paths, or the bytes of files) from its standard input, the Crop's fields before
+them, and answers each list with a pickled list of reasons, None for a good image, and the good images' pixels.
+"""
+
+import importlib.util
+import os
+import pickle
+import re
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+
+def reason_of(error: Exception) -> str:
+    """How the failure of an image is told: the error's type and words, the same in every run."""
+    return re.sub(r" <_io\.BytesIO object at 0x\w+>", "", f"{type(error).__name__}: {error}")
+
+
+def load(crop, source):
+    """(image, None), or (None, reason) where it can't be read."""
+    try:
+        return crop.load(source), None
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly any type
+        return None, reason_of(error)
+
+
+def main() -> None:
+    """Serve until the standard input ends, as it does when the other process does, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
+    warnings.simplefilter("ignore")
+    tasks, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else may write between the answers
+    crop = _pixels().Crop(*pickle.load(tasks))
+    pickle.dump("ready", answers)
+    answers.flush()
+    while True:
+        try:
+            sources = pickle.load(tasks)
+        except EOFError:
+            return
+        images, reasons = zip(*(load(crop, source) for source in sources), strict=True)
+        try:
+            pickle.dump(list(reasons), answers)
+            for image in images:
+                if image is not None:
+                    answers.write(image.tobytes())
+            answers.flush()
+        except BrokenPipeError:  # nobody wants the answer any more
+            os._exit(0)
+
+
+def _pixels():
+    """swinfast/pixels.py, without the package around it, which imports PyTorch."""
+    spec = importlib.util.spec_from_file_location("swinfast_pixels", Path(__file__).parents[1] / "pixels.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Beyond one machine: Predictor and Embedder as classes for Ray Data, and whole runs on a cluster.
+
+    import ray, swinfast.ray
+    swinfast.ray.predict("s3://bucket/photos", "s3://bucket/predictions", model="swinv2_cr_tiny_ns_224")
+
+Decoding runs as tasks on CPUs, the model in actors. Tasks and actors that are lost with their machine run again.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .batch.formats import ESCAPE, parquet_table
+from .batch.optional import import_extra
+from .batch.sources import Images, has_image_ending
+from .batch.worker import load
+from .models import create_model
+from .pipeline import Pipeline, crop_of
+from .pixels import Crop
+from .predict import Embedder as OneEmbedder
+from .predict import Predictor as OnePredictor
+
+if TYPE_CHECKING:
+    import pyarrow
+    import ray.data
+
+FILENAME, PIXELS, ERROR = "filename", "pixels", "error"
+Model = nn.Module | str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did: images of the inputs, and how many of them could not be read."""
+
+    images: int
+    failures: int
+
+
+class _Actor:
+    """A Pipeline for ``Dataset.map_batches``.
+
+    Takes batches with "pixels", as ``decode`` makes them, or with "bytes" of image files; images are named by
+    "filename" or else "path". Gives tables: "filename", the columns of swinfast's parquet files, and "error", which is
+    null for the images that could be read; the others have nulls for their results.
+
+    Args:
+        model: A model, or the name or folder of one for swinfast.create_model, whose weights every machine then needs.
+        **options: As of swinfast.Predictor (or Embedder).
+    """
+
+    make: type[Pipeline]
+
+    def __init__(self, model: Model, **options: Any):
+        self._pipeline = self.make(_loaded(model), **options)
+        if self._pipeline.device.type == "cpu":
+            torch.set_num_threads(1)  # this process is one actor of several on its machine
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> "pyarrow.Table":
+        arrow = import_extra("pyarrow", "ray")
+        names = [str(name) for name in batch[FILENAME if FILENAME in batch else "path"]]
+        if PIXELS not in batch:
+            batch = batch | _decoded(batch["bytes"].tolist(), self._pipeline.crop)
+        reasons = [reason or None for reason in batch[ERROR]]
+        good = np.array([reason is None for reason in reasons], dtype=bool)
+        rows, arrays = np.cumsum(good) - 1, self._pipeline.no_rows()
+        if good.any():
+            arrays = self._pipeline.compute_pixels(torch.from_numpy(np.stack(batch[PIXELS])[good]))
+        layout = self._pipeline.layout
+        table = parquet_table(layout, [""] * int(good.sum()), arrays)
+        table = table.take(arrow.array([int(row) if ok else None for row, ok in zip(rows, good, strict=True)], "int64"))
+        shown = [name.encode("utf-8", ESCAPE).decode() for name in layout.shown(names)]
+        table = table.set_column(0, FILENAME, arrow.array(shown, arrow.string()))
+        return table.append_column(ERROR, arrow.array(reasons, arrow.string()))
+
+
+class Predictor(_Actor):
+    __doc__ = _Actor.__doc__
+    make = OnePredictor
+
+
+class Embedder(_Actor):
+    __doc__ = _Actor.__doc__
+    make = OneEmbedder
+
+
+def predict(paths: str | Path | Iterable[str | Path], output: str, *, model: Model, **options: Any) -> Summary:
+    """Classify images on a Ray cluster.
+
+    Args:
+        paths: Image files and folders, searched recursively: on disks that all machines share, or URIs of any
+            filesystem that Ray (that is, pyarrow) reads.
+        output: A folder for parquet files with the rows of ``swinfast predict --output FILE.parquet``, in the order of
+            the inputs; where images could not be read, output.errors has their names and the reasons. Both are written
+            once everything is computed; until then results are in output.unfinished.
+        model: A model, or the name or folder of one.
+        **options: batch_size (32), concurrency (how many actors, or (least, most); by default one for each GPU, or one
+            for each two cores), num_gpus (of an actor; by default 1 where the cluster has GPUs), num_cpus (of an
+            actor), filesystem (a pyarrow.fs.FileSystem for all paths and the output), blocks (of images, that are lost
+            and done again together; by default one for each 256); all others as of swinfast.Predictor.
+
+    Raises:
+        RuntimeError: Ray is not installed.
+        ValueError: There are no images.
+    """
+    return _run(Predictor, paths, output, model, **options)
+
+
+def embed(paths: str | Path | Iterable[str | Path], output: str, *, model: Model, **options: Any) -> Summary:
+    """Embeddings of images on a Ray cluster; everything is as for predict, with swinfast.Embedder."""
+    return _run(Embedder, paths, output, model, **options)
+
+
+def decode(model: nn.Module, filesystem: Any = None, draft: bool = False) -> Any:
+    """A function for ``map_batches``: batches with "filename" get "pixels" for a model, and "error"."""
+    crop = crop_of(model, draft)
+
+    def decode_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        names = batch[FILENAME].tolist()
+        return {FILENAME: batch[FILENAME]} | _decoded([_Opened(name, filesystem) for name in names], crop)
+
+    return decode_batch
+
+
+def _run(
+    actor: type[_Actor],
+    paths: str | Path | Iterable[str | Path],
+    output: str,
+    model: Model,
+    *,
+    batch_size: int = 32,
+    concurrency: int | tuple[int, int] | None = None,
+    num_gpus: float | None = None,
+    num_cpus: float | None = None,
+    filesystem: Any = None,
+    blocks: int | None = None,
+    draft: bool = False,
+    **options: Any,
+) -> Summary:
+    ray = import_extra("ray", "ray")
+    data = import_extra("ray.data", "ray")
+    names = list(_names([paths] if isinstance(paths, str | Path) else paths, filesystem))
+    if not names:
+        raise ValueError(f"found no images in {paths}")
+    model = _loaded(model)
+    cluster = ray.cluster_resources() if ray.is_initialized() else {}
+    if num_gpus is None:
+        num_gpus = 1 if cluster.get("GPU") else 0
+    if concurrency is None:
+        concurrency = max(1, int(cluster.get("GPU", 0) / num_gpus if num_gpus else cluster.get("CPU", 2) // 2))
+    sizes = {"size": concurrency} if isinstance(concurrency, int) else dict(zip(_RANGE, concurrency, strict=True))
+    options |= {"batch_size": batch_size, "workers": 0, "draft": draft}
+    images = data.from_items([{FILENAME: name} for name in names], override_num_blocks=blocks or -(-len(names) // 256))
+    images.context.execution_options.preserve_order = True
+    computed = images.map_batches(decode(model, filesystem, draft), batch_size=batch_size).map_batches(
+        actor,
+        fn_constructor_args=(model,),
+        fn_constructor_kwargs=options,
+        batch_size=batch_size,
+        compute=data.ActorPoolStrategy(**sizes),
+        num_gpus=num_gpus or None,
+        num_cpus=num_cpus,
+    )
+    return _write(computed, output, filesystem)
+
+
+_RANGE = ("min_size", "max_size")
+
+
+def _write(computed: "ray.data.Dataset", output: str, filesystem: Any) -> Summary:
+    """Everything first, then good rows and failures apart: both are there only when both are whole."""
+    data = import_extra("ray.data", "ray")
+    unfinished, errors = f"{output}.unfinished", f"{output}.errors"
+    for folder in (unfinished, errors, output):
+        _remove(folder, filesystem)
+    computed.write_parquet(unfinished, filesystem=filesystem)
+    whole = data.read_parquet(unfinished, filesystem=filesystem)
+    whole.context.execution_options.preserve_order = True
+    images = whole.count()
+    failed = whole.map_batches(_failures, batch_format="pyarrow")
+    failures = failed.count()
+    if failures:
+        failed.write_parquet(errors, filesystem=filesystem)
+    whole.map_batches(_good, batch_format="pyarrow").write_parquet(output, filesystem=filesystem)
+    _remove(unfinished, filesystem)
+    return Summary(images, failures)
+
+
+def _good(table: "pyarrow.Table") -> "pyarrow.Table":
+    compute = import_extra("pyarrow.compute", "ray")
+    return table.filter(compute.is_null(table[ERROR])).drop_columns([ERROR])
+
+
+def _failures(table: "pyarrow.Table") -> "pyarrow.Table":
+    compute = import_extra("pyarrow.compute", "ray")
+    return table.filter(compute.is_valid(table[ERROR])).select([FILENAME, ERROR]).rename_columns([FILENAME, "reason"])
+
+
+def _loaded(model: Model) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    return create_model(model, pretrained=not Path(model, "config.json").is_file())
+
+
+class _Opened:
+    """The bytes of a file of any filesystem, once they are asked for."""
+
+    def __init__(self, name: str, filesystem: Any):
+        self._name, self._filesystem = name, filesystem
+
+    def source(self) -> str | bytes:
+        if self._filesystem is None and "://" not in self._name:
+            return self._name
+        filesystem, path = _resolved(self._name, self._filesystem)
+        with filesystem.open_input_stream(path) as stream:
+            return stream.read()
+
+
+def _decoded(sources: list[Any], crop: Crop) -> dict[str, np.ndarray]:
+    """Pixels and reasons of failures ("" for none), a row for each source."""
+    pixels = np.zeros((len(sources), *crop.shape), np.uint8)
+    reasons = []
+    for row, source in enumerate(sources):
+        image, reason = load(_Loader(crop), source)
+        if image is not None:
+            pixels[row] = np.asarray(image).reshape(crop.shape)
+        reasons.append(reason or "")
+    return {PIXELS: pixels, ERROR: np.array(reasons, dtype=object)}
+
+
+class _Loader:
+    """A Crop that opens what must be opened first."""
+
+    def __init__(self, crop: Crop):
+        self._crop = crop
+
+    def load(self, source: Any) -> Any:
+        return self._crop.load(source.source() if isinstance(source, _Opened) else source)
+
+
+def _names(paths: Iterable[str | Path], filesystem: Any) -> Iterator[str]:
+    """Names of the images; those of other filesystems as URIs."""
+    for path in map(str, paths):
+        if filesystem is None and "://" not in path:
+            yield from (str(Path(file).absolute()) for file in Images((path,)).files())
+            continue
+        fs = import_extra("pyarrow.fs", "ray")
+        where, root = _resolved(path, filesystem)
+        if where.get_file_info(root).type != fs.FileType.Directory:
+            yield path
+            continue
+        found = where.get_file_info(fs.FileSelector(root, recursive=True))
+        inside = sorted(info.path for info in found if info.is_file and has_image_ending(info.path))
+        yield from (path.rstrip("/") + file[len(root.rstrip("/")) :] for file in inside)
+
+
+def _resolved(path: str, filesystem: Any) -> tuple[Any, str]:
+    return (filesystem, path) if filesystem is not None else import_extra("pyarrow.fs", "ray").FileSystem.from_uri(path)
+
+
+def _remove(folder: str, filesystem: Any) -> None:
+    fs = import_extra("pyarrow.fs", "ray")
+    where, path = (filesystem, folder) if filesystem is not None else _resolved(_uri(folder), None)
+    if where.get_file_info(path).type == fs.FileType.Directory:
+        where.delete_dir(path)
+
+
+def _uri(path: str) -> str:
+    return path if "://" in path else Path(path).absolute().as_uri()

@@ -1,0 +1,396 @@
+"""The loop around the model: order, bounds, memory that runs out, several threads and processes, the same answers."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import randomise, write_image
+from torch import nn
+
+import swinfast
+from swinfast.batch.compute import Compute, Waits, find_batch_size
+from swinfast.batch.engine import Division, PartEnd, WantAll
+from swinfast.batch.run import Summary
+from swinfast.batch.share import Job, StrictError, work
+from swinfast.batch.sources import Item
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "examples/digits"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def images(tmp_path) -> list[str]:
+    return [str(write_image(tmp_path / f"{seed:02}.png", seed)) for seed in range(11)]
+
+
+@pytest.fixture
+def model(model_folder) -> nn.Module:
+    return swinfast.create_model(str(model_folder))
+
+
+def total(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"sum": pixels.double().sum(dim=(1, 2, 3))}
+
+
+def pixels_of(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
+
+
+class TestOutOfMemory:
+    """With a stand-in that has room for some images."""
+
+    def limited(self, most: int):
+        sizes = []
+
+        def function(pixels):
+            sizes.append(len(pixels))
+            if len(pixels) > most:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return total(pixels)
+
+        return function, sizes
+
+    @pytest.mark.parametrize("threads", [0, 1])
+    def test_batches_are_halved_once(self, threads):
+        function, sizes = self.limited(5)
+        said = []
+        compute = Compute(function, CPU, threads, said.append)
+        for count in (16, 16, 3):
+            got = compute.finish(compute.start(pixels_of(count)))
+            assert np.array_equal(got["sum"], total(pixels_of(count))["sum"].numpy())
+        compute.close()
+        assert sizes == [16, 8, 4, 4, 4, 4, 4, 4, 4, 4, 3]
+        assert said == [
+            "cpu is out of memory with 16 images at a time: going on with 8",
+            "cpu is out of memory with 8 images at a time: going on with 4",
+        ]
+
+    def test_one_image_too_large(self):
+        function, _ = self.limited(0)
+        compute = Compute(function, CPU, 0, lambda text: None)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            compute.start(pixels_of(4))
+
+    def test_a_whole_run(self, model, images, tmp_path):
+        """The same rows, in order, with the message once."""
+        expected = list(swinfast.Predictor(model, batch_size=8, device="cpu").predict(images))
+        predictor = swinfast.Predictor(model, batch_size=8, device="cpu")
+        forward, said = predictor._forward, []
+
+        def limited(x):
+            if len(x) > 4:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return forward(x)
+
+        predictor._forward, predictor.say = limited, said.append
+        for result, other in zip(predictor.predict(images), expected, strict=True):
+            assert (result.filename, result.indices) == (other.filename, other.indices)
+            assert result.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+        assert len(said) == 1
+
+    def test_batch_size_is_found_below_the_limit(self):
+        function, sizes = self.limited(6)
+        assert find_batch_size(function, (4, 4, 3), CPU) <= 4
+        assert max(sizes) <= 8
+
+    def test_auto(self, model):
+        size = swinfast.Predictor(model, batch_size="auto", device="cpu").batch_size
+        assert size in {2**power for power in range(10)}
+
+
+def test_stream_of_a_gpu(monkeypatch):
+    """In order, with stand-ins: the copy on its stream, the model's stream waits for it, results are waited for."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.number = log.count("event")
+            log.append("event")
+
+        def record(self):
+            log.append(f"record {self.number} on {current[-1]}")
+
+        def synchronize(self):
+            log.append(f"synchronize {self.number}")
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.number - self.number)
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_event(self, event):
+            log.append(f"{self.name} waits for {event.number}")
+
+    class Using:
+        def __init__(self, what):
+            self.what = what
+
+        def __enter__(self):
+            current.append(getattr(self.what, "name", current[-1]))
+
+        def __exit__(self, *exception):
+            current.pop()
+
+    current = ["main"]
+    stand_ins = {"Event": Event, "Stream": lambda device: Stream("copy"), "stream": Using, "device": Using}
+    for name, stand_in in {**stand_ins, "current_stream": lambda: Stream(current[-1])}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: log.append(f"kept for {stream.name}"))
+    compute = Compute(lambda pixels: log.append(f"model on {current[-1]}") or total(pixels), CPU, 0, print)
+    compute.on_gpu, compute._stream = True, Stream("copy")
+    started = compute.start(pixels_of(3))
+    assert log[4:] == [
+        "record 0 on copy",
+        "record 1 on copy",
+        "main waits for 1",
+        "kept for main",
+        "record 2 on main",
+        "model on main",
+        "record 3 on main",
+    ]
+    assert np.array_equal(compute.finish(started)["sum"], total(pixels_of(3))["sum"].numpy())
+    assert log[-1] == "synchronize 3"
+    assert (compute.waits.copy, compute.waits.compute) == (1, 1)
+
+
+@pytest.mark.parametrize("threads, batch_size", [(0, 2), (2, 1), (0, 4)])
+def test_decoding_is_ahead_of_the_model(model, images, threads, batch_size):
+    """While a batch is computed, the next two are being decoded."""
+    predictor = swinfast.Predictor(model, batch_size=batch_size, threads=threads, workers=1, device="cpu")
+    forward, taken, ahead = predictor._forward, 0, []
+
+    def counted():
+        nonlocal taken
+        for file in images * 4:
+            taken += 1
+            yield file
+
+    def watched(x):
+        ahead.append(taken - batch_size * len(ahead))
+        return forward(x)
+
+    results = predictor.predict(counted())
+    next(results)
+    predictor._forward = watched
+    ahead += [0]  # the first batch
+    results = list(results)
+    assert min(ahead[2:-3]) >= 3 * batch_size
+
+
+def test_parts_of_large_rows(model, images, tmp_path, monkeypatch):
+    """Fewer images make a part where they are large, so that memory is bounded."""
+    monkeypatch.setattr("swinfast.batch.run.PART_BYTES", 3 * 16 * 16 * 16 * 4)
+    swinfast.FeatureExtractor(model, batch_size=2, stages=[0], device="cpu").write(images, tmp_path / "f.npy")
+    settings = json.loads((tmp_path / "f.npy.manifest.json").read_text())["settings"]
+    assert settings["part_size"] == 4
+
+
+@pytest.mark.parametrize("part_size, batch_size", [(6, 2), (6, 4), (5, 5), (1, 1), (100, 3)])
+@pytest.mark.parametrize("count", [0, 1, 6, 11, 12])
+def test_division(part_size, batch_size, count):
+    """Batches do not cross the ends of parts, and parts that are not wanted have the same digests."""
+    items = [Item(str(number), str(number)) for number in range(count)]
+    division = Division(part_size, batch_size)
+    steps = list(division.divide(items, WantAll()))
+    batches = [step for step in steps if not isinstance(step, PartEnd)]
+    assert [item for batch in batches for item in batch.items] == items
+    assert all(len(batch.items) <= batch_size for batch in batches)
+    ends = [step for step in steps if isinstance(step, PartEnd)]
+    assert [end.images for end in ends] == [part_size] * (count // part_size) + [count % part_size] * (
+        count % part_size > 0
+    )
+    for end in ends:
+        assert sum(len(batch.items) for batch in batches if batch.part == end.part) == end.images
+    assert list(division.divide(items, set())) == ends
+    others = list(division.divide([Item(item.name + "!", item.source) for item in items], set()))
+    assert all(end.digest != other.digest for end, other in zip(ends, others, strict=True))
+
+
+OPTIONS = [
+    {"batch_size": 1},
+    {"batch_size": 3, "workers": 2},
+    {"batch_size": 20, "workers": 0},
+    {"batch_size": 2, "threads": 2, "workers": 2},
+    {"batch_size": 4, "threads": 3},
+    {"batch_size": "auto"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()))
+def test_digits_do_not_depend_on_how_they_are_computed(options, bad_images):
+    """Top-1 is the same and right, names are in order, and probabilities differ by rounding."""
+    model = swinfast.create_model(str(DIGITS))
+    names = [str(file) for file in sorted((DIGITS / "images").iterdir())]
+    names.insert(7, str(bad_images["cut"]))
+    expected = list(swinfast.Predictor(model, device="cpu", workers=1).predict(names))
+    results = list(swinfast.Predictor(model, device="cpu", **options).predict(names))
+    assert [result.filename for result in results] == names
+    assert isinstance(results.pop(7), swinfast.Failure)
+    expected.pop(7)
+    for result, other in zip(results, expected, strict=True):
+        assert result.labels[0] == other.labels[0] == Path(result.filename).name.split("_")[0]
+        assert result.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float64, 1e-6)], ids=str)
+def test_patch_embedding_that_is_left_alone(model, images, dtype, error):
+    """Images are then normalised before it, and answers are the same."""
+    expected = list(swinfast.Embedder(model, dtype=dtype, device="cpu").extract(images))
+    model.patch_embed.proj.register_forward_hook(lambda module, args, output: None)
+    got = list(swinfast.Embedder(model, dtype=dtype, device="cpu").extract(images))
+    got, expected = (np.stack([result.arrays["embedding"] for result in results]) for results in (got, expected))
+    assert np.abs(got - expected).max() <= error * np.abs(expected).max()
+
+
+def test_one_channel(tmp_path, images):
+    model = randomise(swinfast.create_model("swinv2_cr_tiny_224", img_size=32, in_chans=1, depths=(1,), num_heads=(3,)))
+    (got,) = swinfast.Embedder(model, device="cpu").extract(images[:1])
+    with torch.no_grad():
+        model.eval()
+        x = swinfast.transform_of(model).load(images[0])[None]
+        expected = model.forward_head(model.forward_features(x), pre_logits=True)[0].numpy()
+    np.testing.assert_allclose(got.arrays["embedding"], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_feature_maps(model, images):
+    """Those of forward_intermediates, by a whole model and by one with features_only."""
+    x = torch.stack([swinfast.transform_of(model).load(file) for file in images])
+    with torch.no_grad():
+        expected = [each.numpy() for each in model.eval().forward_intermediates(x, intermediates_only=True)]
+    extractor = swinfast.FeatureExtractor(model, device="cpu", batch_size=4)
+    got = list(extractor.extract(images))
+    for stage in (0, 1):
+        maps = np.stack([result.arrays[f"stage_{stage}"] for result in got])
+        np.testing.assert_allclose(maps, expected[stage], rtol=1e-3, atol=1e-4)
+    options = {
+        "img_size": 32,
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depths": (2, 2),
+        "num_heads": (1, 2),
+        "window_size": 4,
+    }
+    listed = swinfast.create_model("swinv2_cr_tiny_224", **options, features_only=True, out_indices=(1,))
+    result = next(swinfast.FeatureExtractor(listed, device="cpu").extract(images))
+    assert {name: array.shape for name, array in result.arrays.items()} == {"stage_1": (32, 8, 8)}
+
+
+@pytest.mark.parametrize("stages", [[2], [0, 0], [-3], [0, -2], []])
+def test_wrong_stages(model, stages):
+    with pytest.raises(ValueError, match=re.escape(f"stages must be different numbers from -2 to 1, got {stages}")):
+        swinfast.FeatureExtractor(model, stages=stages)
+
+
+def test_wrong_models():
+    for kind, said in ((swinfast.Embedder, "forward_head"), (swinfast.FeatureExtractor, "features_only=True")):
+        with pytest.raises(ValueError, match=f"model must have .*{said}, Linear has"):
+            kind(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"workers": -1}, "workers must be at least 0, got -1"),
+        ({"threads": -1}, "threads must be at least 0, got -1"),
+        ({"batch_size": "large"}, "batch_size must be a number or auto, got 'large'"),
+    ],
+)
+def test_wrong_options(model, options, said):
+    with pytest.raises(ValueError, match=said):
+        swinfast.Predictor(model, **options)
+
+
+def test_summary_names_the_bottleneck():
+    summary = Summary(10, 0, 10, 2.0, Waits(decode=0.5, copy=0.1, compute=1.2, write=0.0))
+    assert summary.rate == 5
+    assert str(summary).endswith("the bottleneck is compute")
+    assert Waits(write=3.0, compute=1.0).bottleneck == "write"
+
+
+class TestProcesses:
+    """Several devices, with the CPU as each of them."""
+
+    def test_same_file(self, model, images, bad_images, tmp_path):
+        images.insert(5, str(bad_images["cut"]))
+        seen: list[str] = []
+        outputs = [tmp_path / name / "out.csv" for name in ("one", "two")]
+        for output, devices in zip(outputs, ((), ("cpu", "cpu")), strict=True):
+            output.parent.mkdir()
+            predictor = swinfast.Predictor(model, batch_size=2, device="cpu")
+            summary = predictor.write(
+                images, output, part_size=2, devices=devices, watch=lambda names, reasons: seen.extend(names)
+            )
+            assert (summary.images, summary.failures, summary.done_now) == (12, 1, 12)
+        for name in ("out.csv", "out.csv.errors.csv", "out.csv.manifest.json"):
+            assert outputs[0].with_name(name).read_bytes() == outputs[1].with_name(name).read_bytes()
+        assert sorted(seen[12:]) == sorted(images)
+
+    def test_share(self, model, images, tmp_path):
+        """A process does every world-th part, tells how many there are, and leaves what is finished."""
+        pipeline = swinfast.Predictor(model, batch_size=2, device="cpu", workers=0)
+        job = Job(pipeline, swinfast.Images(tuple(images)), tmp_path / "out.csv", Division(2, 2), False, {})
+        parts, seen = job.parts(), []
+        parts.begin(False)
+        assert work(job, lambda names, reasons: seen.extend(names), 1, 3).parts == 6
+        assert (parts.finished(), seen) == ({1, 4}, images[2:4] + images[8:10])
+        work(job, lambda names, reasons: seen.extend(names))
+        assert (parts.finished(), sorted(seen)) == (set(range(6)), images)
+        parts.release()
+
+    def test_errors(self, model, images, bad_images, tmp_path):
+        predictor = swinfast.Predictor(model, batch_size=2, device="cpu")
+        files = [*images, str(bad_images["cut"])]
+        with pytest.raises(StrictError, match=r"cpu: .*cut.jpg can't be read"):
+            predictor.write(files, tmp_path / "out.csv", part_size=2, devices=("cpu", "cpu"), strict=True)
+        with pytest.raises(RuntimeError, match="device 'cuda:77' is not available here"):
+            predictor.write(files, tmp_path / "out.csv", devices=("cpu", "cuda:77"))
+
+    @pytest.mark.slow
+    def test_torchrun(self, model_folder, images, tmp_path):
+        """Two ranks write one file, the same as one process."""
+        options = ["--model", model_folder, "--device", "cpu", "--batch-size", 2, "--part-size", 2, "--output"]
+        expected, got = tmp_path / "expected.csv", tmp_path / "got.csv"
+        for launcher, output in (["-m"], expected), (["-m", "torch.distributed.run", "--nproc-per-node=2", "-m"], got):
+            command = [sys.executable, *launcher, "swinfast", "predict", *images, *options, output]
+            subprocess.run(list(map(str, command)), check=True, capture_output=True, cwd=ROOT)
+        assert got.read_bytes() == expected.read_bytes()
+        assert json.loads((tmp_path / "got.csv.manifest.json").read_text())["totals"]["images"] == 11
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_images(model_folder, images, tmp_path):
+    """The peak of a run over ten times as many images is the same, but for a few MB."""
+    code = (
+        "import resource, sys, swinfast\n"
+        "files = swinfast.Images(files_from=sys.argv[2])\n"
+        "predictor = swinfast.Predictor(swinfast.create_model(sys.argv[1]), workers=1, device='cpu')\n"
+        "predictor.write(files, sys.argv[3], part_size=64)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    peaks = []
+    for count in (500, 5000):
+        (tmp_path / "list.txt").write_text("\n".join(images[i % 11] for i in range(count)))
+        arguments = [model_folder, tmp_path / "list.txt", tmp_path / f"{count}.csv"]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, cwd=ROOT)
+        with (tmp_path / f"{count}.csv").open() as stream:
+            assert sum(1 for _ in csv.reader(stream)) == count + 1
+        peaks.append(int(done.stdout) / 1024)
+    assert peaks[1] - peaks[0] < 40, f"{peaks} MiB"
+
+
+def test_rank_of_torchrun_is_refused_with_devices(model, images, tmp_path, monkeypatch):
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="devices can't be given under torchrun"):
+        swinfast.Predictor(model, device="cpu").write(images, tmp_path / "out.csv", devices=("cpu", "cpu"))

@@ -1,0 +1,194 @@
+"""Inputs: every kind gives the same images, with names, in a fixed order, and tells what is wrong with it."""
+
+import io
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import write_image
+
+import swinfast
+from swinfast.batch import sources
+from swinfast.batch.sources import Images
+
+arrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+@pytest.fixture
+def files(tmp_path) -> list[Path]:
+    return [write_image(tmp_path / f"{seed:02}.png", seed, size=(36, 40 + seed)) for seed in range(5)]
+
+
+@pytest.fixture
+def embed(model_folder):
+    """Embeddings by name of whatever Images are given, and reasons of failures."""
+    embedder = swinfast.Embedder(swinfast.create_model(str(model_folder)), workers=1, device="cpu", batch_size=4)
+
+    def run(images) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        results = list(embedder.extract(images))
+        good = {r.filename: r.arrays["embedding"] for r in results if isinstance(r, swinfast.Features)}
+        return good, {r.filename: r.reason for r in results if isinstance(r, swinfast.Failure)}
+
+    return run
+
+
+@pytest.fixture
+def plain(embed, files):
+    """The right embeddings by stem."""
+    good, _ = embed(files)
+    return {Path(name).stem: embedding for name, embedding in good.items()}
+
+
+def same(got: dict[str, np.ndarray], plain: dict[str, np.ndarray]) -> bool:
+    return got.keys() == plain.keys() and all(np.allclose(got[name], plain[name], atol=1e-5) for name in plain)
+
+
+def write_tar(file: Path, members: dict[str, bytes], mode: str = "w") -> str:
+    with tarfile.open(file, mode) as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return str(file)
+
+
+@pytest.mark.parametrize("ending", ["tar", "tar.gz", "tgz", "tar.xz"])
+def test_tar(embed, plain, files, tmp_path, ending):
+    members = {
+        f"{file.stem}.{end}": data for file in files for end, data in (("json", b"{}"), ("png", file.read_bytes()))
+    }
+    mode = "w" if ending == "tar" else f"w:{ending.replace('tgz', 'gz').rpartition('.')[2]}"
+    shard = write_tar(tmp_path / f"shard.{ending}", members, mode)
+    good, bad = embed(Images((shard,)))
+    assert list(good) == [f"{shard}/{file.name}" for file in files]
+    assert not bad
+    assert same({Path(name).stem: value for name, value in good.items()}, plain)
+
+
+def test_webdataset_agrees(embed, plain, files, tmp_path):
+    """Shards that the webdataset library writes hold the images that it reads."""
+    webdataset = pytest.importorskip("webdataset")
+    for number in (0, 1):
+        with webdataset.TarWriter(str(tmp_path / f"shard-{number}.tar")) as shard:
+            for file in files[number::2]:
+                shard.write({"__key__": f"sub/{file.stem}", "png": file.read_bytes(), "cls": number})
+    pattern = f"{tmp_path}/shard-*.tar"
+    shards = [str(tmp_path / f"shard-{number}.tar") for number in (0, 1)]
+    theirs = [sample["__key__"] for sample in webdataset.WebDataset(shards, shardshuffle=False)]
+    good, _ = embed(Images((pattern,)))
+    assert [f"sub/{Path(name).stem}" for name in good] == theirs
+    assert same({Path(name).stem: value for name, value in good.items()}, plain)
+
+
+def test_directory_of_a_shard_is_not_kept(files, tmp_path, monkeypatch):
+    opened, kept = tarfile.open, []
+    monkeypatch.setattr(tarfile, "open", lambda *args, **options: kept.append(opened(*args, **options)) or kept[-1])
+    shard = write_tar(tmp_path / "shard.tar", {file.name: file.read_bytes() for file in files})
+    assert max(len(kept[-1].members) for _ in Images((shard,))) <= 1
+
+
+def test_members(files, tmp_path):
+    members = {f"{kind}/{file.name}": file.read_bytes() for file in files for kind in ("photo", "mask")}
+    shard = write_tar(tmp_path / "shard.tar", members)
+    assert len(list(Images((shard,)))) == 10
+    chosen = [item.name for item in Images((shard,), members="photo/*")]
+    assert chosen == [f"{shard}/photo/{file.name}" for file in files]
+
+
+@pytest.mark.parametrize("kind", ["hugging face", "bytes", "large bytes"])
+def test_parquet(embed, plain, files, tmp_path, kind):
+    data = [file.read_bytes() for file in files]
+    rows = [{"bytes": value, "path": file.name} for value, file in zip(data, files, strict=True)]
+    images = {
+        "hugging face": arrow.array(rows),
+        "bytes": arrow.array(data),
+        "large bytes": arrow.array(data, arrow.large_binary()),
+    }[kind]
+    file = str(tmp_path / "part.parquet")
+    parquet.write_table(arrow.table({"label": [1] * 5, "image": images}), file)
+    assert Images((file,)).count() == 5
+    good, bad = embed(Images((file,)))
+    assert not bad
+    names = [f.name for f in files] if kind == "hugging face" else [f"{row:08}" for row in range(5)]
+    assert list(good) == [f"{file}/{name}" for name in names]
+    assert same(dict(zip(plain, good.values(), strict=True)), plain)
+
+
+def test_parquet_rows_without_bytes(embed, files, tmp_path):
+    rows = [{"bytes": None, "path": files[0].name}, {"bytes": None, "path": None}, None]
+    file = str(tmp_path / "part.parquet")
+    parquet.write_table(arrow.table({"photo": arrow.array(rows)}), file)
+    good, bad = embed(Images((file,), image_column="photo"))
+    assert list(good) == [f"{file}/{files[0].name}"]
+    assert list(bad) == [f"{file}/00000001", f"{file}/00000002"]
+    assert set(bad.values()) == {"ValueError: the row has no bytes of an image"}
+
+
+def test_parquet_without_images(embed, tmp_path):
+    file = str(tmp_path / "part.parquet")
+    parquet.write_table(arrow.table({"label": [1]}), file)
+    for options in ({}, {"image_column": "label"}):
+        assert "has no column of images" in embed(Images((file,), **options))[1][file]
+
+
+def test_damaged_archives(embed, plain, files, tmp_path):
+    """What comes before the damage is used, what is wrong is told."""
+    members = {file.name: file.read_bytes() for file in files}
+    whole = Path(write_tar(tmp_path / "whole.tar", members)).read_bytes()
+    second = 512 + -(-files[0].stat().st_size // 512) * 512  # where its header begins
+    cuts = {"in an image": second + 512 + 1000, "in a header": second + 100}
+    for name, cut in cuts.items():
+        (tmp_path / f"{name}.tar").write_bytes(whole[:cut])
+    (tmp_path / "junk.tar").write_bytes(b"junk" * 1000)
+    (tmp_path / "junk.parquet").write_bytes(b"junk" * 1000)
+    for name in ("in an image", "in a header", "junk", "missing"):
+        good, bad = embed(Images((str(tmp_path / f"{name}.tar"),)))
+        assert str(tmp_path / f"{name}.tar") in next(iter(bad))
+        assert len(good) == name.startswith("in a"), name
+    assert "ends after" in embed(Images((str(tmp_path / "in an image.tar"),)))[1][f"{tmp_path}/in an image.tar/01.png"]
+    assert list(embed(Images((str(tmp_path / "junk.parquet"),)))[1]) == [str(tmp_path / "junk.parquet")]
+
+
+def test_files_from(files, tmp_path):
+    (tmp_path / "more").mkdir()
+    write_image(tmp_path / "more" / "x.png")
+    (tmp_path / "list.txt").write_text(f"{files[2]}\n\n{tmp_path}/more\r\n{tmp_path}/nothing.png")
+    images = Images((str(files[0]),), files_from=str(tmp_path / "list.txt"))
+    expected = [files[0], files[2], tmp_path / "more/x.png", tmp_path / "nothing.png"]
+    assert [item.name for item in images] == list(map(str, expected))
+    assert [item.name for item in pickle.loads(pickle.dumps(images))] == list(map(str, expected))
+    assert images.count() == 4
+
+
+def test_folders_are_walked_in_the_order_of_paths(tmp_path):
+    for name in ("a/x.png", "a-b/x.png", "a.png", "a/b/y.jpg", "a/B.png", "b/s.tar", "b/t.PARQUET", "c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
+    found = list(Images((str(tmp_path),)).files())
+    assert found == sorted(found)
+    assert len(found) == 9
+    assert str(tmp_path / "gone.png") in found
+
+
+def test_folders_are_not_listed_before_they_are_needed(tmp_path, monkeypatch):
+    for name in ("a/x.png", "b/x.png", "c/x.png"):
+        write_image(tmp_path / name)
+    opened = []
+    scandir = os.scandir
+    monkeypatch.setattr(sources.os, "scandir", lambda folder: opened.append(folder) or scandir(folder))
+    stream = iter(Images((str(tmp_path),)))
+    next(stream)
+    assert opened == [str(tmp_path), str(tmp_path / "a")]
+
+
+def test_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    (tmp_path / "x.parquet").touch()
+    with pytest.raises(RuntimeError, match=r"needs pyarrow, which is not installed: pip install 'swinfast\[parquet\]'"):
+        list(Images((str(tmp_path / "x.parquet"),)))
