@@ -215,10 +215,15 @@ def test_host_overhead_by_operation():
     about = {"model": "m", "dtype": "float16", "device": "d", "torch": "1", "triton": "2", "source": "measured"}
     rows = [
         about | dict(zip(("operation", "shape", "calls", "forward_us"), values, strict=True))
-        for values in (("a", "x", "9", "99"), ("a", "x", "1", "10.0"), ("a", "y", "3", "50.0"), ("b", "x", "2", "12.4"))
+        for values in (
+            ("one", "x", "9", "99"),
+            ("one", "x", "1", "10"),
+            ("one", "y", "3", "50"),
+            ("b", "x", "2", "12.4"),
+        )
     ]
     table = tables.overhead(rows)
-    assert line_of(table, "a") == ["`m`", "float16", "a", "4", "15.0", "60"]  # of a repeated one the last
+    assert line_of(table, "one") == ["`m`", "float16", "one", "4", "15.0", "60"]  # of a repeated one the last
     assert line_of(table, "all") == ["`m`", "float16", "all", "6", "12.1", "72"]
 
 

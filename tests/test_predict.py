@@ -1,5 +1,6 @@
 """Finding image files and classifying them: find_images and Predictor."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 import swinfast
+from swinfast import labels
 from swinfast.predict import find_images, imagenet_labels
 
 
@@ -270,3 +272,15 @@ def test_filename_that_is_no_text(model, tmp_path):
     file = write_image(tmp_path / os.fsdecode(b"caf\xe9.png"))
     (result,) = swinfast.Predictor(model).predict(find_images([tmp_path]))
     assert result.filename == str(file)
+
+
+def test_definitions_of_classes_are_timms(monkeypatch, timm):
+    info = timm.data.ImageNetInfo("imagenet-1k")
+    detailed = imagenet_labels("detail")
+    assert detailed == tuple(info.index_to_description(index, detailed=True) for index in range(1000))
+    assert imagenet_labels("name") == tuple(map(info.index_to_label_name, range(1000)))
+    labels._definitions.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="'detail' needs timm"):
+        imagenet_labels("detail")
+    assert imagenet_labels("description")[0] == "tench, Tinca tinca"
