@@ -128,10 +128,11 @@ def _in_range(sums: Tensor) -> bool:
 def _repair(scratch: Scratch, table: ExponentTable) -> None:
     """Softmax in place of the exponentials in the rows whose sums are out of range; the others stay as they are."""
     exponentials, sums = scratch.logits.clone(), scratch.sums
-    fine = (sums >= LEAST_SUM) & (sums <= 1 / LEAST_SUM)
-    weights = _logits(scratch, table).div_(LOG2_E).softmax(dim=-1)
-    torch.where(fine, exponentials, weights, out=scratch.logits)
-    sums.masked_fill_(~fine, 1.0)
+    lost = ~((sums >= LEAST_SUM) & (sums <= 1 / LEAST_SUM))[..., 0]  # NaN too
+    weights = _logits(scratch, table)[lost].div_(LOG2_E).softmax(dim=-1)
+    scratch.logits.copy_(exponentials)
+    scratch.logits[lost] = weights
+    sums[lost] = 1.0
 
 
 def add_bias(logits: Tensor, bias: Tensor, factor: float) -> None:

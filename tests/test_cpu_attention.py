@@ -30,8 +30,8 @@ def inputs(scale, masked, alike, dtype=torch.float64):
     bias = torch.randn(HEADS, TOKENS, TOKENS, generator=generator, dtype=torch.float64)
     scales = torch.tensor([scale, 5.0], dtype=torch.float64)[:, None, None]
     if masked:
-        across = torch.arange(TOKENS) // 4
-        bias = bias + torch.stack([across[:, None] > limit for limit in (9, 1, 2, 0)])[:, None] * -100.0
+        rows, columns = (side[:, None] != side for side in (torch.arange(TOKENS) >= 8, torch.arange(TOKENS) % 4 >= 2))
+        bias = bias + torch.stack([rows & False, rows, columns, rows | columns])[:, None] * -100.0
     return qkv.to(dtype), scales, bias
 
 
@@ -74,6 +74,32 @@ def test_a_sum_out_of_range_is_computed_by_softmax(monkeypatch, last, falls_back
     expected = attention(qkv.double(), scales, bias)
     assert answers == [not falls_back]
     assert relative_rms(got.view(expected.shape), expected) <= 1e-5
+
+
+def test_a_row_that_sees_opposite_keys_alone_is_computed_by_softmax(monkeypatch):
+    """All that a mask leaves it lies far below the mean of its row: exponentials that underflow."""
+    qkv, scales, bias = inputs(100.0, True, False, torch.float32)
+    query = qkv[:, :1, 0].clone()
+    qkv[:, :, 0] = query
+    qkv[:, :8, 1] = 0.3 * query + (1 - 0.3**2) ** 0.5 * query.norm(dim=-1, keepdim=True) * orthogonal(query)
+    qkv[:, 8:, 1] = -query
+    answers = []
+    in_range = cpu_attention._in_range
+    monkeypatch.setattr(cpu_attention, "_in_range", lambda sums: answers.append(in_range(sums)) or answers[-1])
+    scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.float32, torch.float32)
+    table = cpu_attention.exponent_table(bias.float(), scales.float())
+    scale = torch.stack([scales, torch.ones_like(scales)]).float()
+    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS), scale)
+    expected = attention(qkv.double(), scales, window_biases(bias))
+    assert answers == [False]
+    assert relative_rms(got.view(expected.shape), expected) <= 1e-5
+
+
+def orthogonal(x):
+    """Unit vectors at right angles to x."""
+    other = x.roll(1, -1)
+    other = other - (other * x).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True) * x
+    return torch.nn.functional.normalize(other, dim=-1)
 
 
 @pytest.mark.parametrize("scale", [2.0, 100.0])
