@@ -1,5 +1,6 @@
 """Timing takes turns, and what is shown of results is what was measured."""
 
+import copy
 import csv
 import subprocess
 import sys
@@ -74,15 +75,25 @@ def test_readme_table_keeps_the_last_of_a_repeated_measurement(tmp_path):
     assert "2.50×" in line
 
 
-def test_peers_on_a_cpu(timm, monkeypatch):
+def test_peers_on_a_cpu(timm, monkeypatch, tmp_path):
     """Every engine's error stands beside its speed; the products alone are those of the model."""
     model = randomise(timm.create_model("swinv2_cr_tiny_224", **small_model_args())).eval()
     engines = {"timm eager": model, "swinfast": swinfast.optimize(model), "wrong": lambda x: model(x) + 1}
     monkeypatch.setattr(peers_cpu, "engines_for", lambda *_: engines)
-    rows = {row["engine"]: row for row in peers_cpu.measure(model, "small", torch.float32, 2, rounds=1)}
+    images, options = torch.randn(8, 3, *model.img_size), peers_cpu._parser().parse_args(["--rounds", "1"])
+    oracle = copy.deepcopy(model).double()(images.double()).detach()
+    rows = peers_cpu.measure(model, "small", torch.float32, 2, images, oracle, tmp_path, options)
+    rows = {row["engine"]: row for row in rows}
     assert float(rows["swinfast"]["rel_error"]) < 1e-5 < 0.1 < float(rows["wrong"]["rel_error"])
     assert rows["swinfast"]["top1_agreement"] == 1
     assert "rel_error" not in rows[peers_cpu.PRODUCTS]
+
+
+def test_rounds_that_fit_into_the_time():
+    calls = []
+    assert peers_cpu.affordable_rounds({"one": lambda: calls.append(1)}, 20, seconds=0) == 3
+    assert peers_cpu.affordable_rounds({"one": lambda: calls.append(1)}, 20, seconds=1e6) == 20
+    assert len(calls) == 2
 
 
 def test_products_are_those_of_the_model(timm):
