@@ -104,7 +104,10 @@ def test_a_row_with_an_unknown_column_is_refused(tmp_path):
     assert not (tmp_path / "r.csv").exists()
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("bench/results/*cpu.csv")), ids=lambda file: file.name)
+MODELS = [file for pattern in ("cpu", "gpu", "peers_cpu") for file in ROOT.glob(f"bench/results/{pattern}*.csv")]
+
+
+@pytest.mark.parametrize("file", MODELS, ids=lambda file: file.name)
 def test_committed_files_can_be_added_to(file):
     with file.open(newline="", encoding="utf-8") as stream:
         header, *rows = csv.reader(stream)

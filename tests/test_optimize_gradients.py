@@ -51,7 +51,7 @@ def test_in_eval_mode(model):
 
 
 def test_in_parts(timm, monkeypatch):
-    monkeypatch.setattr(fused, "PART", 2 * 56 * 56 * 16)  # two images in the first stage, four in the second
+    monkeypatch.setattr(fused, "CPU_PART", 2 * 56 * 56 * 16)  # two images in the first stage, four in the second
     options = small_model_args(img_size=112)
     model = randomise(timm.create_model("swinv2_cr_tiny_224", **options)).double().eval()
     images = random_images(11, 3, 112, 112, dtype=torch.float64)
