@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.tables import MAIN_MODEL, Row, details, kernels, latest_runs, overhead, profile, read, slug, speeds
+from bench.tables import MAIN_MODEL, Row, batch, details, kernels, latest_runs, overhead, profile, read, slug, speeds
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/benchmarks.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/batch.md")
 REGION = re.compile(r"(<!-- results (\w+): written by python -m bench\.readme -->\n).*?(<!-- end of results -->)", re.S)
 NO_GPU = "No GPU has been measured yet."
 
@@ -71,6 +71,10 @@ def shares() -> str:
     return "\n\n".join(map(profile, _by_device("profile_cpu*.csv").values()))
 
 
+def batches() -> str:
+    return "\n\n".join(map(batch, _by_device("batch*.csv").values())) or "Not measured yet."
+
+
 def _by_device(pattern: str) -> dict[str, list[Row]]:
     devices: dict[str, list[Row]] = {}
     for row in read(pattern):
@@ -80,7 +84,7 @@ def _by_device(pattern: str) -> dict[str, list[Row]]:
 
 REGIONS: dict[str, Callable[[], str]] = {
     "summary": summary, "gpu": gpu, "cpu": cpu, "peers": peers, "kernels": kernel_times, "overhead": host,
-    "profile": shares,
+    "profile": shares, "batch": batches,
 }  # fmt: skip
 
 

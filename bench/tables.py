@@ -129,6 +129,18 @@ def overhead(rows: Sequence[Row]) -> str:
     return f"{_github(lines, headers)}\n\n{where} (`python -m bench.overhead`)."
 
 
+def batch(rows: Sequence[Row]) -> str:
+    """Rates and memory of batch inference on one device; of a repeated measurement the last."""
+    latest = {(row["what"], row["images"]): row for row in rows}
+    lines = []
+    for (what, _), row in latest.items():
+        rate = number(float(row["images_per_sec"])) if row["images_per_sec"] else "–"
+        lines.append((what, row["images"], rate, row["ratio"] or "–", row["mib"] or "–"))
+    headers = ("what", "images", "images/s", "of the slower half", "peak, MiB")
+    where = f"`{rows[-1]['model']}` on {rows[-1]['device']}, PyTorch {rows[-1]['torch']}"
+    return f"{_github(lines, headers)}\n\n{where}, the best of several rounds (`python -m bench.batch`)."
+
+
 def profile(rows: Sequence[Row]) -> str:
     """Shares of a forward's time by part, on one device; of a repeated measurement the last."""
     runs: dict[tuple[str, str, int], dict[str, float]] = {}

@@ -235,3 +235,18 @@ def test_shares_of_a_forward():
     header, _, *lines = tables.profile(rows).splitlines()[:4]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *lines)]
     assert cells == [["part", "float32, batch 1", "float32, batch 8"], ["p", "25.0%", "50.0%"], ["q", "–", "12.5%"]]
+
+
+def test_batch_inference():
+    empty = {"images_per_sec": "", "ratio": "", "mib": "", "model": "m", "device": "d", "torch": "1"}
+    rows = [
+        empty | {"what": "split 1+1", "images": "2000", "images_per_sec": "123.4", "ratio": "0.950"},
+        empty | {"what": "memory", "images": "500", "mib": "280"},
+        empty | {"what": "memory", "images": "5000", "mib": "290"},
+    ]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.batch(rows).splitlines()[2:5]]
+    assert lines == [
+        ["split 1+1", "2000", "123", "0.950", "–"],
+        ["memory", "500", "–", "–", "280"],
+        ["memory", "5000", "–", "–", "290"],
+    ]
