@@ -19,7 +19,6 @@ from torch import nn
 
 from bench.peers import import_timm
 
-ON_A_GPU = ("test_triton_backend", "test_graphs", "test_fallback")
 torch.backends.cudnn.allow_tf32 = False  # which the oracle's convolution on a GPU is by default
 torch.set_num_threads(1)  # these models are small: threads gain nothing, and on a busy machine they cost tenfold
 
@@ -27,7 +26,7 @@ torch.set_num_threads(1)  # these models are small: threads gain nothing, and on
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """On a GPU the tests of the kernels are tests of the GPU."""
     for item in items:
-        if torch.cuda.is_available() and ("kernels" in item.path.parts or item.path.stem in ON_A_GPU):
+        if torch.cuda.is_available() and ("kernels" in item.path.parts or item.path.name == "test_triton_backend.py"):
             item.add_marker(pytest.mark.gpu)
 
 

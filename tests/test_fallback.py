@@ -12,7 +12,9 @@ from swinfast import triton_backend
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = SMALL | {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "num_heads": (1, 2)}
 IMAGES = random_images(2, 3, 16, 16)
-pytestmark = pytest.mark.filterwarnings("default:Triton failed:UserWarning")
+pytestmark = [pytest.mark.filterwarnings("default:Triton failed:UserWarning")]
+if DEVICE.type == "cuda":
+    pytestmark.append(pytest.mark.gpu)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from swinfast.specs import StageSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = SMALL | {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "num_heads": (1, 2)}
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
 
 class Captures:
