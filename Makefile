@@ -13,8 +13,9 @@ demo: $(READY)
 test: $(READY)
 	$(PYTEST) -m "not slow"
 
-test-all: $(READY)
-	$(PYTEST)
+# the slow ones one after the other: some use all cores, some are clusters that watch the clock
+test-all: test
+	$(PY) -m pytest -m slow
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -13,7 +13,6 @@ measure nothing, so they are written to no file but one that is asked for.
 """
 
 import argparse
-import csv
 import json
 import math
 import multiprocessing
@@ -54,6 +53,7 @@ from bench.peaks import Peaks, Timer, measure_peaks, rows_of, timer_of
 from bench.provenance import provenance
 from bench.roofline import bytes_of, flops_of
 from bench.tables import slug
+from swinfast.measurements import append
 from swinfast.predict import resolve_device
 
 RESULTS = Path(__file__).parent / "results"
@@ -226,17 +226,6 @@ def table(rows: Sequence[dict]) -> str:
     return tabulate(lines, headers=headers, disable_numparse=True)
 
 
-def write(path: Path, rows: Iterable[dict]) -> None:
-    """Append rows to a csv file, with a header where the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(argv: Sequence[str] | None = None, timer_of: Callable[[torch.device], Timer] = timer_of) -> int:
     options = _parser().parse_args(argv)
     deadline = time.monotonic() + 60 * options.minutes
@@ -259,7 +248,7 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[[torch.device], T
         if gpu and options.eager and options.compiled and not options.check_only:
             add_compiled(cases, rows, wanted, deadline)
     if output:
-        write(output, (row | about for row in (*rows_of(peaks), *rows)))
+        append(output, *(row | about for row in (*rows_of(peaks), *rows)), columns=COLUMNS)
     print(table(rows))
     for dtype in () if options.check_only else options.dtypes:
         total = sum(total_us(row) for row in rows if row["dtype"] == dtype)

@@ -8,7 +8,6 @@ too, until they return: at batch 1, where the GPU waits for the host.
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -24,6 +23,7 @@ from tabulate import tabulate
 import swinfast
 from bench.cases import Case, call_arguments, cases_of, inputs_of, meta_model, operation, tf32_setting
 from bench.provenance import provenance
+from swinfast.measurements import append
 from swinfast.predict import resolve_device
 
 RESULTS = Path(__file__).parent / "results"
@@ -107,24 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = provenance(device, "measured" if gpu else WITHOUT_LAUNCH)
     about |= {"model": options.model, "dtype": options.dtype}
     if options.output:
-        write(options.output, [row | about for row in rows])
+        append(options.output, *(row | about for row in rows), columns=COLUMNS)
     print(tabulate(launches, headers=("operation", "launches", "µs each", "µs a forward"), floatfmt=".2f"))
     count, total = sum(line[1] for line in launches), sum(line[-1] for line in launches)
     print(f"{count} launches, {total / count:.2f} µs each, {total:.0f} µs a forward on the host ({about['source']})")
     if gpu:
         print(f"a whole forward without graphs returns after {rows[-1]['host_us']:.0f} µs")
     return 0
-
-
-def write(path: Path, rows: Sequence[dict]) -> None:
-    """Append rows to a csv file, with a header where the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,6 @@ Appends rows to a csv under bench/results and prints them as a table.
 """
 
 import argparse
-import csv
 from datetime import date
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
 import swinfast
-from bench.models import DTYPES, RESULTS, commit_of_this
+from bench.models import DTYPES, RESULTS, append, commit_of_this
 from bench.peers import import_timm
 from bench.peers_cpu import PRODUCTS, products
 from swinfast.benchmark import compare, describe_device, randomise
@@ -91,21 +90,10 @@ def main() -> None:
         fast = swinfast.optimize(plain, dtype=DTYPES[name])
         for batch in options.batch_sizes:
             rows = measure(fast, plain, DTYPES[name], batch, options.rounds)
-            append(options.output, [shared | {"dtype": name, "batch": batch} | row for row in rows])
+            append(options.output, *(shared | {"dtype": name, "batch": batch} | row for row in rows), columns=COLUMNS)
             print(f"\n{options.model}, {name}, batch {batch}, {shared['device']}")
             lines = [(row["part"], row["ms_per_image"], f"{row['share']:.1%}", row.get("calls", "")) for row in rows]
             print(tabulate(lines, headers=("part", "ms per image", "share", "calls"), tablefmt="github"), flush=True)
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    """Add rows to a csv file, with a header where the file is new."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def _parser() -> argparse.ArgumentParser:

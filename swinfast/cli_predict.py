@@ -18,12 +18,12 @@ from .batch.parts import Parts, check_output
 from .batch.sources import Images
 from .exit_codes import INTERRUPTED, OK, SOME_FAILED
 from .labels import LABEL_TYPES, imagenet_labels
+from .measurements import DTYPES
 from .models import CONFIG_FILE, create_model
 from .pipeline import Pipeline, resolve_device
 from .predict import STORED, Embedder, Failure, FeatureExtractor, Prediction, Predictor
 from .results import table
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_SAID = 100  # failures told of on the terminal; the errors file has all
 
 

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime
 from importlib import metadata
 from pathlib import Path
@@ -77,38 +77,38 @@ def row_of(plain: nn.Module, name: str, dtype: torch.dtype, batch: int, device: 
     }
 
 
-def append(path: Path, row: Mapping[str, object]) -> None:
-    """Add a row to a csv file, with a header where the file is new.
+def append(path: Path, *rows: Mapping[str, object], columns: Sequence[str] = COLUMNS) -> None:
+    """Add rows to a csv file, with a header where the file is new.
 
     Raises:
-        ValueError: The row has a column that the table has not, or the file has other columns than the table.
+        ValueError: A row has a column that the table has not, or the file has other columns than the table.
     """
-    unknown = [name for name in row if name not in COLUMNS]
+    unknown = [name for row in rows for name in row if name not in columns]
     if unknown:
-        raise ValueError(f"row has unknown columns {', '.join(unknown)}")
-    check_header(path)
+        raise ValueError(f"row has unknown columns {', '.join(dict.fromkeys(unknown))}")
+    check_header(path, columns)
     new = not path.exists() or path.stat().st_size == 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
+        writer = csv.DictWriter(stream, columns)
         if new:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(rows)
 
 
-def check_header(path: Path) -> None:
+def check_header(path: Path, columns: Sequence[str] = COLUMNS) -> None:
     """Refuse a file that rows can't be added to (ValueError); one that is new or empty is fine."""
     if not path.exists() or path.stat().st_size == 0:
         return
     with path.open(newline="", encoding="utf-8") as stream:
         found = next(csv.reader(stream), [])
-    if tuple(found) == COLUMNS:
+    if tuple(found) == tuple(columns):
         return
-    missing = ", ".join(name for name in COLUMNS if name not in found) or "none"
-    unknown = ", ".join(name for name in found if name not in COLUMNS) or "none"
+    missing = ", ".join(name for name in columns if name not in found) or "none"
+    unknown = ", ".join(name for name in found if name not in columns) or "none"
     raise ValueError(
         f"{path} is no table to add to: of its columns are missing: {missing}; unknown: {unknown}; "
-        f"expected are, in this order: {', '.join(COLUMNS)}"
+        f"expected are, in this order: {', '.join(columns)}"
     )
 
 
