@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import ray.data
 
 FILENAME, PIXELS, ERROR = "filename", "pixels", "error"
+ORDER = "order"  # of the inputs: blocks that ran again come later
 Model = nn.Module | str
 
 
@@ -75,7 +76,8 @@ class _Actor:
         table = table.take(arrow.array([int(row) if ok else None for row, ok in zip(rows, good, strict=True)], "int64"))
         shown = [name.encode("utf-8", ESCAPE).decode() for name in layout.shown(names)]
         table = table.set_column(0, FILENAME, arrow.array(shown, arrow.string()))
-        return table.append_column(ERROR, arrow.array(reasons, arrow.string()))
+        table = table.append_column(ERROR, arrow.array(reasons, arrow.string()))
+        return table.append_column(ORDER, arrow.array(batch[ORDER], arrow.int64())) if ORDER in batch else table
 
 
 class Predictor(_Actor):
@@ -121,7 +123,7 @@ def decode(model: nn.Module, filesystem: Any = None, draft: bool = False) -> Any
 
     def decode_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = batch[FILENAME].tolist()
-        return {FILENAME: batch[FILENAME]} | _decoded([_Opened(name, filesystem) for name in names], crop)
+        return batch | _decoded([_Opened(name, filesystem) for name in names], crop)
 
     return decode_batch
 
@@ -154,7 +156,8 @@ def _run(
         concurrency = max(1, int(cluster.get("GPU", 0) / num_gpus if num_gpus else cluster.get("CPU", 2) // 2))
     sizes = {"size": concurrency} if isinstance(concurrency, int) else dict(zip(_RANGE, concurrency, strict=True))
     options |= {"batch_size": batch_size, "workers": 0, "draft": draft}
-    images = data.from_items([{FILENAME: name} for name in names], override_num_blocks=blocks or -(-len(names) // 256))
+    items = [{FILENAME: name, ORDER: number} for number, name in enumerate(names)]
+    images = data.from_items(items, override_num_blocks=blocks or -(-len(names) // 256))
     images.context.execution_options.preserve_order = True
     computed = images.map_batches(decode(model, filesystem, draft), batch_size=batch_size).map_batches(
         actor,
@@ -178,7 +181,7 @@ def _write(computed: "ray.data.Dataset", output: str, filesystem: Any) -> Summar
     for folder in (unfinished, errors, output):
         _remove(folder, filesystem)
     computed.write_parquet(unfinished, filesystem=filesystem)
-    whole = data.read_parquet(unfinished, filesystem=filesystem)
+    whole = data.read_parquet(unfinished, filesystem=filesystem).sort(ORDER).materialize()
     whole.context.execution_options.preserve_order = True
     images = whole.count()
     failed = whole.map_batches(_failures, batch_format="pyarrow")
@@ -192,7 +195,7 @@ def _write(computed: "ray.data.Dataset", output: str, filesystem: Any) -> Summar
 
 def _good(table: "pyarrow.Table") -> "pyarrow.Table":
     compute = import_extra("pyarrow.compute", "ray")
-    return table.filter(compute.is_null(table[ERROR])).drop_columns([ERROR])
+    return table.filter(compute.is_null(table[ERROR])).drop_columns([ERROR, ORDER])
 
 
 def _failures(table: "pyarrow.Table") -> "pyarrow.Table":
