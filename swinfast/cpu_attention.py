@@ -1,7 +1,8 @@
 """Window attention on a CPU, outside a graph: in place, in scratch memory that the blocks of a stage share.
 
 Beside the matrix products three things cost time there and are avoided: memory fresh from the system, calls of small
-operators, and softmax. exp2 takes a fifth of softmax's time, and the sums divide the result instead of the weights.
+operators, and softmax. exp2 takes a fifth of softmax's time. In bfloat16 the products alone are of that type: all
+between them is computed in float32, since a CPU converts fast and calculates slowly with 16-bit numbers.
 
 No largest logit is looked for. A cosine bounds the logits of a head: where its scale is small, no exponential leaves
 the range of float32. Where it is large, logits are taken relative to the mean of their row, which centring k and the
@@ -9,6 +10,7 @@ position bias does, and the sums are looked at: where one is out of range after 
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,26 +23,27 @@ LOG2_E = math.log2(math.e)
 
 
 class ExponentTable(NamedTuple):
-    bias: (
-        Tensor  # the position bias over log 2; where not bounded, centred in each row and less an offset for each head
-    )
+    """How a block's cosines become logits over log 2: multiplied by factor, and bias added."""
+
+    factor: Tensor  # [heads, 1, 1]
+    bias: Tensor  # as the position bias; where not bounded, centred in each row and less an offset for each head
     bounded: bool  # whether every sum is in range, whatever q and k are
 
 
 def exponent_table(bias: Tensor, scale: Tensor) -> ExponentTable:
-    """The position bias for attend.
+    """What attend takes.
 
     Args:
-        bias: [heads, N, N], or [4, heads, N, N] by window type, of which the first has no mask.
+        bias: The position bias, [heads, N, N], or [4, heads, N, N] by window type, of which the first has no mask.
         scale: [heads, 1, 1], factors of the cosines.
     """
-    unmasked, scale = bias if bias.dim() == 3 else bias[0], scale.to(bias.dtype)
+    unmasked = bias if bias.dim() == 3 else bias[0]
     low, high = unmasked.amin((-2, -1), keepdim=True), unmasked.amax((-2, -1), keepdim=True)
     # a token sees itself in any window, at worst with a cosine of -1
     if (scale + high <= LARGEST_LOGIT).all() and (low - scale >= math.log(LEAST_SUM)).all():
-        return ExponentTable(bias * LOG2_E, True)
+        return ExponentTable(scale * LOG2_E, bias * LOG2_E, True)
     offset = (2 * scale + high - low - LARGEST_LOGIT).clamp(0, LARGEST_LOGIT / 2)
-    return ExponentTable((bias - unmasked.mean(-1, keepdim=True) - offset) * LOG2_E, False)
+    return ExponentTable(scale * LOG2_E, (bias - unmasked.mean(-1, keepdim=True) - offset) * LOG2_E, False)
 
 
 class Scratch:
@@ -48,7 +51,7 @@ class Scratch:
 
     Args:
         grid: Windows along the height and the width of an image.
-        dtype, exact: Of q, k and v, and of the logits.
+        dtype, exact: Of the matrix products, and of what is computed between them.
     """
 
     def __init__(
@@ -61,51 +64,54 @@ class Scratch:
         dtype: torch.dtype,
         exact: torch.dtype,
     ):
-        windows = images * grid[0] * grid[1]
-        split = torch.empty(3, windows, heads, tokens, channels // heads, dtype=dtype)
-        self.by_token = split.permute(1, 3, 0, 2, 4)  # [windows, N, 3, heads, d], as a linear layer returns it
-        self.query_key = split[:2]
-        self.length = torch.empty(2, windows, heads, tokens, 1, dtype=dtype)
-        self.query, self.key, self.value = split.flatten(1, 2)  # each [windows * heads, N, d]
-        self.key_transposed = self.key.transpose(1, 2)
-        self.products = torch.empty(windows * heads, tokens, tokens, dtype=dtype)
-        self.logits = self.products if dtype == exact else torch.empty_like(self.products, dtype=exact)
-        self.by_window = self.logits.view(images, *grid, heads, tokens, tokens)
-        self.sums = torch.empty(windows * heads, tokens, 1, dtype=exact)
-        self.inverse = self.sums if dtype == exact else torch.empty_like(self.sums, dtype=dtype)
+        windows, empty = images * grid[0] * grid[1], partial(torch.empty, device="cpu")
+        self.qkv_shape = windows, tokens, 3, heads, channels // heads
+        split = empty(3, windows, heads, tokens, channels // heads, dtype=dtype)
+        self.rounded = split[:2]
+        self.query_key = self.rounded if dtype == exact else empty(self.rounded.shape, dtype=exact)
+        self.key = self.query_key[1]
+        # as a linear layer returns them
+        self.query_key_by_token = self.query_key.permute(1, 3, 0, 2, 4)  # [windows, N, 2, heads, d]
+        self.value_by_token = split[2:].permute(1, 3, 0, 2, 4)
+        self.length = empty(2, windows, heads, tokens, 1, dtype=exact)
+        self.query, key, self.value = split.flatten(1, 2)  # each [windows * heads, N, d]
+        self.key_transposed = key.transpose(1, 2)
+        self.products = empty(windows * heads, tokens, tokens, dtype=dtype)
+        self.logits = self.products if dtype == exact else empty(self.products.shape, dtype=exact)
+        by_window = self.logits.view(images, *grid, heads, tokens, tokens)
+        self.by_window = by_window
+        self.by_window_type = (  # interior, last row, last column, corner
+            by_window[:, :-1, :-1],
+            by_window[:, -1:, :-1],
+            by_window[:, :-1, -1:],
+            by_window[:, -1:, -1:],
+        )
+        self.sums = empty(windows * heads, tokens, 1, dtype=exact)
         # q and k are done with when the result is written
-        self.attended = self.query
-        self.attended_by_token = split[0].transpose(1, 2)
-        self.inverse_by_token = self.inverse.view(windows, heads, tokens, 1).transpose(1, 2)
+        self.attended, self.attended_by_token = self.query, split[0].transpose(1, 2)
         self.joined = split[1].view(windows, tokens, heads, channels // heads)
 
 
-def attend(scratch: Scratch, table: ExponentTable, qkv: Tensor, scale: Tensor) -> Tensor:
-    """Scaled cosine attention of tokens in window order.
-
-    Args:
-        qkv: [B, windows * N, 3C].
-        scale: [2, heads, 1, 1], factors of the normalised q and k.
-
-    Returns:
-        [B, windows * N, C], in scratch.
-    """
-    scratch.by_token.copy_(qkv.view(scratch.by_token.shape))
+def attend(scratch: Scratch, table: ExponentTable, qkv: Tensor) -> Tensor:
+    """Scaled cosine attention of tokens in window order, [B, windows * N, 3C] to [B, windows * N, C] in scratch."""
+    query_key, value = qkv.view(scratch.qkv_shape).split((2, 1), dim=2)
+    scratch.query_key_by_token.copy_(query_key)
+    scratch.value_by_token.copy_(value)
     length = torch.linalg.vector_norm(scratch.query_key, dim=-1, keepdim=True, out=scratch.length)
-    scratch.query_key.mul_(torch.div(scale[:, None], length.clamp_min_(NORM_EPS), out=length))
+    scratch.query_key.mul_(length.clamp_min_(NORM_EPS).reciprocal_())
     if not table.bounded:
-        scratch.key.sub_(scratch.key.mean(dim=1, keepdim=True))
+        scratch.key.sub_(scratch.key.mean(dim=-2, keepdim=True))
+    if scratch.rounded is not scratch.query_key:
+        scratch.rounded.copy_(scratch.query_key)
     logits, weights, sums = _logits(scratch, table), scratch.products, scratch.sums
     torch.sum(logits.exp2_(), dim=-1, keepdim=True, out=sums)
     if not table.bounded and not _in_range(sums):
         _repair(scratch, table)
+    logits.mul_(sums.reciprocal_())
     if weights is not logits:
         weights.copy_(logits)
     torch.bmm(weights, scratch.value, out=scratch.attended)
-    torch.reciprocal(sums, out=sums)
-    if scratch.inverse is not sums:
-        scratch.inverse.copy_(sums)
-    torch.mul(scratch.attended_by_token, scratch.inverse_by_token, out=scratch.joined)
+    scratch.joined.copy_(scratch.attended_by_token)
     return scratch.joined.view(*qkv.shape[:2], qkv.shape[2] // 3)
 
 
@@ -114,7 +120,7 @@ def _logits(scratch: Scratch, table: ExponentTable) -> Tensor:
     torch.bmm(scratch.query, scratch.key_transposed, out=scratch.products)
     if scratch.logits is not scratch.products:
         scratch.logits.copy_(scratch.products)
-    add_bias(scratch.by_window, table.bias, LOG2_E)
+    add_bias(scratch, table)
     return scratch.logits
 
 
@@ -135,11 +141,10 @@ def _repair(scratch: Scratch, table: ExponentTable) -> None:
     sums[lost] = 1.0
 
 
-def add_bias(logits: Tensor, bias: Tensor, factor: float) -> None:
-    """logits = logits * factor + bias, in place. [B, gh, gw, heads, N, N]; a table of four goes by window type."""
-    if bias.dim() == 3:
-        torch.add(bias, logits, alpha=factor, out=logits)
+def add_bias(scratch: Scratch, table: ExponentTable) -> None:
+    """logits = cosines * factor + bias, in place; a table of four goes by window type."""
+    if table.bias.dim() == 3:
+        torch.addcmul(table.bias, scratch.by_window, table.factor, out=scratch.by_window)
         return
-    parts = (logits[:, :-1, :-1], logits[:, -1:, :-1], logits[:, :-1, -1:], logits[:, -1:, -1:])
-    for part, part_bias in zip(parts, bias, strict=True):
-        torch.add(part_bias, part, alpha=factor, out=part)
+    for windows, bias in zip(scratch.by_window_type, table.bias, strict=True):
+        torch.addcmul(bias, windows, table.factor, out=windows)

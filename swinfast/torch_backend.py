@@ -26,7 +26,7 @@ from .window_order import WindowOrder
 MASK_VALUE = -100.0
 MAX_LOGIT_SCALE = 4.605170185988092  # log(100)
 NormWeights = tuple[Tensor | None, Tensor | None, float]
-Attend = Callable[[Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor], Tensor]
 
 name = "torch"
 capturable = False  # index tensors are kept in a cache that forgets some
@@ -141,7 +141,7 @@ def _derive_block(block: BlockSpec, dtype: torch.dtype, pack: bool) -> BlockTabl
     scale = logit_scale.to(exact).clamp(max=MAX_LOGIT_SCALE).exp()
     return BlockTables(
         bias=_bias_table(block, exact),
-        scale=torch.stack([scale, torch.ones_like(scale)])[:, :, None, None].to(dtype),
+        scale=torch.stack([scale, torch.ones_like(scale)])[:, :, None, None],
         qkv=_linear(block.qkv, dtype, pack),
         proj=_linear(block.proj, dtype, pack),
         fc1_gelu=_linear(block.fc1, dtype, pack, gelu=True),
@@ -238,7 +238,7 @@ def _block(block: BlockSpec, tables: BlockTables, x: Tensor, size: Size, in_plac
 def _attention(block: BlockSpec, tables: BlockTables, x: Tensor, grid: Size, in_place: Attend | None) -> Tensor:
     """Scaled cosine attention and the projection on tokens in window order, [B, windows * N, C] in and out."""
     qkv = tables.qkv(x)
-    return tables.proj(_attend(block, tables, qkv, grid) if in_place is None else in_place(qkv, tables.scale))
+    return tables.proj(_attend(block, tables, qkv, grid) if in_place is None else in_place(qkv))
 
 
 def _attend(block: BlockSpec, tables: BlockTables, qkv: Tensor, grid: Size) -> Tensor:
@@ -250,7 +250,7 @@ def _attend(block: BlockSpec, tables: BlockTables, qkv: Tensor, grid: Size) -> T
     # In float16 a norm overflows or loses its eps; bfloat16 has the range of float32.
     exact = torch.float32 if qkv.dtype == torch.float16 else qkv.dtype
     length = torch.linalg.vector_norm(query_key, dim=-1, keepdim=True, dtype=exact).clamp_min(NORM_EPS)
-    query, key = (query_key * (tables.scale[:, None] / length)).to(qkv.dtype)
+    query, key = (query_key * (tables.scale[:, None] / length).to(exact)).to(qkv.dtype)
     # A softmax of 16-bit numbers takes twice as long on a CPU as one in float32 with the conversions.
     logits = (query @ key.transpose(-2, -1)).to(tables.bias.dtype)
     _add_bias(logits.unflatten(0, (-1, *grid)), tables.bias)

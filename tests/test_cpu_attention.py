@@ -51,11 +51,27 @@ def test_is_softmax(scale, masked, alike):
     table = cpu_attention.exponent_table(bias, scales)
     assert table.bounded == (scale <= 60.0)
     scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.float64, torch.float64)
-    got = cpu_attention.attend(
-        scratch, table, qkv.view(2, -1, 3 * CHANNELS), torch.stack([scales, torch.ones_like(scales)])
-    )
+    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS))
     expected = attention(qkv, scales, window_biases(bias))
     assert relative_rms(got.view(expected.shape), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+def test_bfloat16_is_rounded_where_products_are_alone(scale):
+    """Not the lengths, logits, exponentials and sums: within a few roundings of what enters and leaves the products."""
+    qkv, scales, bias = inputs(scale, True, False, torch.bfloat16)
+    table = cpu_attention.exponent_table(bias.float(), scales.float())
+    scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.bfloat16, torch.float32)
+    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS))
+    q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
+    q, k = (torch.nn.functional.normalize(side, dim=-1) for side in (q, k))
+    if not table.bounded:
+        k = k - k.mean(dim=-2, keepdim=True)
+    cosines = (q.bfloat16().double() @ k.bfloat16().double().transpose(-2, -1)).bfloat16().double()
+    weights = (cosines * scales + window_biases(bias)).softmax(dim=-1).bfloat16().double()
+    expected = (weights @ v).transpose(1, 2).flatten(2)
+    assert got.dtype == torch.bfloat16
+    assert relative_rms(got.view(expected.shape), expected) <= 2e-3
 
 
 @pytest.mark.parametrize(("last", "falls_back"), [(0.0, False), (0.9, True)])
@@ -69,8 +85,7 @@ def test_a_sum_out_of_range_is_computed_by_softmax(monkeypatch, last, falls_back
     monkeypatch.setattr(cpu_attention, "_in_range", lambda sums: answers.append(in_range(sums)) or answers[-1])
     scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.float32, torch.float32)
     table = cpu_attention.exponent_table(bias.float(), scales.float())
-    scale = torch.stack([scales, torch.ones_like(scales)]).float()
-    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS), scale)
+    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS))
     expected = attention(qkv.double(), scales, bias)
     assert answers == [not falls_back]
     assert relative_rms(got.view(expected.shape), expected) <= 1e-5
@@ -88,8 +103,7 @@ def test_a_row_that_sees_opposite_keys_alone_is_computed_by_softmax(monkeypatch)
     monkeypatch.setattr(cpu_attention, "_in_range", lambda sums: answers.append(in_range(sums)) or answers[-1])
     scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.float32, torch.float32)
     table = cpu_attention.exponent_table(bias.float(), scales.float())
-    scale = torch.stack([scales, torch.ones_like(scales)]).float()
-    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS), scale)
+    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS))
     expected = attention(qkv.double(), scales, window_biases(bias))
     assert answers == [False]
     assert relative_rms(got.view(expected.shape), expected) <= 1e-5
@@ -108,8 +122,7 @@ def test_nan_stays_in_its_window(scale):
     qkv[1, 3, 1, 0, 0] = math.nan
     scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.float64, torch.float64)
     table = cpu_attention.exponent_table(bias, scales)
-    scale = torch.stack([scales, torch.ones_like(scales)])
-    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS), scale).view(-1, TOKENS, CHANNELS)
+    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS)).view(-1, TOKENS, CHANNELS)
     expected = attention(qkv, scales, bias)
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.allclose(got, expected, equal_nan=True)
