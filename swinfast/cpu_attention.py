@@ -26,7 +26,8 @@ class ExponentTable(NamedTuple):
     """How a block's cosines become logits over log 2: multiplied by factor, and bias added."""
 
     factor: Tensor  # [heads, 1, 1]
-    bias: Tensor  # as the position bias; where not bounded, centred in each row and less an offset for each head
+    bias: tuple[Tensor, ...]  # one [heads, N, N], or four by window type; where not bounded, centred in each row and
+    # less an offset for each head
     bounded: bool  # whether every sum is in range, whatever q and k are
 
 
@@ -41,9 +42,12 @@ def exponent_table(bias: Tensor, scale: Tensor) -> ExponentTable:
     low, high = unmasked.amin((-2, -1), keepdim=True), unmasked.amax((-2, -1), keepdim=True)
     # a token sees itself in any window, at worst with a cosine of -1
     if (scale + high <= LARGEST_LOGIT).all() and (low - scale >= math.log(LEAST_SUM)).all():
-        return ExponentTable(scale * LOG2_E, bias * LOG2_E, True)
-    offset = (2 * scale + high - low - LARGEST_LOGIT).clamp(0, LARGEST_LOGIT / 2)
-    return ExponentTable(scale * LOG2_E, (bias - unmasked.mean(-1, keepdim=True) - offset) * LOG2_E, False)
+        bounded = True
+    else:
+        offset = (2 * scale + high - low - LARGEST_LOGIT).clamp(0, LARGEST_LOGIT / 2)
+        bias, bounded = bias - unmasked.mean(-1, keepdim=True) - offset, False
+    bias = bias * LOG2_E
+    return ExponentTable(scale * LOG2_E, (bias,) if bias.dim() == 3 else bias.unbind(), bounded)
 
 
 class Scratch:
@@ -73,19 +77,15 @@ class Scratch:
         # as a linear layer returns them
         self.query_key_by_token = self.query_key.permute(1, 3, 0, 2, 4)  # [windows, N, 2, heads, d]
         self.value_by_token = split[2:].permute(1, 3, 0, 2, 4)
+        self.key_sum = empty(windows, heads, 1, channels // heads, dtype=exact)
         self.length = empty(2, windows, heads, tokens, 1, dtype=exact)
         self.query, key, self.value = split.flatten(1, 2)  # each [windows * heads, N, d]
         self.key_transposed = key.transpose(1, 2)
         self.products = empty(windows * heads, tokens, tokens, dtype=dtype)
         self.logits = self.products if dtype == exact else empty(self.products.shape, dtype=exact)
-        by_window = self.logits.view(images, *grid, heads, tokens, tokens)
-        self.by_window = by_window
-        self.by_window_type = (  # interior, last row, last column, corner
-            by_window[:, :-1, :-1],
-            by_window[:, -1:, :-1],
-            by_window[:, :-1, -1:],
-            by_window[:, -1:, -1:],
-        )
+        self.by_window = by_window = self.logits.view(images, *grid, heads, tokens, tokens)
+        upper, last_row = by_window[:, :-1], by_window[:, -1:]
+        self.by_window_type = upper[:, :, :-1], last_row[:, :, :-1], upper[:, :, -1:], last_row[:, :, -1:]
         self.sums = empty(windows * heads, tokens, 1, dtype=exact)
         # q and k are done with when the result is written
         self.attended, self.attended_by_token = self.query, split[0].transpose(1, 2)
@@ -100,7 +100,8 @@ def attend(scratch: Scratch, table: ExponentTable, qkv: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(scratch.query_key, dim=-1, keepdim=True, out=scratch.length)
     scratch.query_key.mul_(length.clamp_min_(NORM_EPS).reciprocal_())
     if not table.bounded:
-        scratch.key.sub_(scratch.key.mean(dim=-2, keepdim=True))
+        key = scratch.key
+        key.sub_(torch.sum(key, dim=-2, keepdim=True, out=scratch.key_sum), alpha=1 / key.shape[-2])
     if scratch.rounded is not scratch.query_key:
         scratch.rounded.copy_(scratch.query_key)
     logits, weights, sums = _logits(scratch, table), scratch.products, scratch.sums
@@ -142,9 +143,7 @@ def _repair(scratch: Scratch, table: ExponentTable) -> None:
 
 
 def add_bias(scratch: Scratch, table: ExponentTable) -> None:
-    """logits = cosines * factor + bias, in place; a table of four goes by window type."""
-    if table.bias.dim() == 3:
-        torch.addcmul(table.bias, scratch.by_window, table.factor, out=scratch.by_window)
-        return
-    for windows, bias in zip(scratch.by_window_type, table.bias, strict=True):
+    """logits = cosines * factor + bias, in place."""
+    places = (scratch.by_window,) if len(table.bias) == 1 else scratch.by_window_type
+    for windows, bias in zip(places, table.bias, strict=True):
         torch.addcmul(bias, windows, table.factor, out=windows)

@@ -24,10 +24,7 @@ from .recompute import FusedForward
 from .self_check import is_asked_for, self_check
 from .specs import ImageScale
 
-# Numbers of the residual stream that are worked on at a time: on a CPU about what its caches hold with all that is made
-# of them (2, 4, 8 and 16 images in the four stages of a tiny model), on a GPU more than fills it.
-CPU_PART = 2 * 56 * 56 * 96
-GPU_PART = 80 << 20
+GPU_PART = 80 << 20  # numbers of the residual stream that are worked on at a time on a GPU: more than fills it
 
 
 class Settings:
@@ -144,8 +141,7 @@ class FusedComputation(Fused):
 
     def compute(self, plan: Plan, x: Tensor) -> Tensor:
         """The fused computation by the plan's backend."""
-        run = partial(self._run, plan.backend, plan.spec, self.tables(plan, _kind(x)))
-        return _in_parts(run, x, CPU_PART, self._numbers(plan.spec, x)) if x.device.type == "cpu" else run(x)
+        return self._run(plan.backend, plan.spec, self.tables(plan, _kind(x)), x)
 
     def tables(self, plan: Plan, kind: tuple) -> Any:
         """What the plan's backend needs of the parameters, made once."""
@@ -172,10 +168,6 @@ class FusedComputation(Fused):
     def _prepare(self, spec: Any, x: Tensor) -> Tensor:
         """The input as the original takes it, where the fused module takes more."""
         return x
-
-    def _numbers(self, spec: Any, x: Tensor) -> int:
-        """How many numbers one image is inside the module."""
-        return x[:1].numel()
 
     def _derive(self, backend: ModuleType, spec: Any, traced: bool, autocast: torch.dtype | None) -> Any:
         """What the backend needs of the parameters."""
@@ -233,9 +225,6 @@ class FusedStage(FusedComputation):
             plain=lambda: FusedComputation.fused_forward(self, plan, x),
         )
 
-    def _numbers(self, spec, x):
-        return x[:1].numel() if spec.merge is None else x[:1].numel() // 2
-
     def _derive(self, backend, spec, traced, autocast):
         return backend.derive_stage(spec, traced, autocast)
 
@@ -287,7 +276,7 @@ class FusedStages(Fused):
                 plain=lambda: self._one_by_one(plan, x),
             )
         run = partial(self._one_by_one, plan)
-        return run(x) if x.device.type == "cpu" else _in_parts(run, x, GPU_PART, x[:1].numel())
+        return run(x) if x.device.type == "cpu" else _in_parts(run, x)
 
     def _one_by_one(self, plan: SequencePlan, x: Tensor) -> Tensor:
         # where no graph can span all stages, because PyTorch computes one, the others may have their own
@@ -302,15 +291,9 @@ class FusedStages(Fused):
         return x
 
 
-def _in_parts(run: Callable[[Tensor], Tensor], x: Tensor, part: int, numbers: int) -> Tensor:
-    """run(x), some images at a time, about as many each time.
-
-    Args:
-        run: Maps [B, C, H, W] to [B, C', H', W'], each image on its own.
-        part: How many numbers at a time at most.
-        numbers: How many an image has.
-    """
-    parts = -(-x.shape[0] // max(1, part // max(1, numbers)))
+def _in_parts(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """run(x), some images at a time, about as many each time; it maps [B, C, H, W] to [B, C', H', W']."""
+    parts = -(-x.shape[0] // max(1, GPU_PART // max(1, x[:1].numel())))
     if parts <= 1:
         return run(x)
     whole, done = None, 0

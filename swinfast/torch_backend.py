@@ -25,6 +25,10 @@ from .window_order import WindowOrder
 
 MASK_VALUE = -100.0
 MAX_LOGIT_SCALE = 4.605170185988092  # log(100)
+# Numbers of the residual stream that are worked on at a time on a CPU: about what its caches hold with all that is made
+# of them (2, 4, 8 and 16 images in the four stages of a tiny model).
+CPU_PART = 2 * 56 * 56 * 96
+WIDE = {8: torch.int64, 16: torch.complex128}  # dtypes of so many bytes
 NormWeights = tuple[Tensor | None, Tensor | None, float]
 Attend = Callable[[Tensor], Tensor]
 
@@ -49,6 +53,7 @@ class BlockTables(NamedTuple):
 
 class StageTables(NamedTuple):
     dtype: torch.dtype  # that the stage computes in
+    traced: bool  # whether for a graph
     merge_norm: NormWeights | None
     reduction: Linear | None
     blocks: tuple[BlockTables, ...]
@@ -57,6 +62,7 @@ class StageTables(NamedTuple):
 
 class PatchEmbedTables(NamedTuple):
     dtype: torch.dtype
+    traced: bool
     proj: Linear
     norm: NormWeights | None
 
@@ -79,22 +85,61 @@ def derive_patch_embed(spec: PatchEmbedSpec, traced: bool, autocast: torch.dtype
     dtype = compute_dtype(weight.dtype, weight.device) if pack else weight.dtype
     bias = None if bias is None else bias.to(dtype)
     norm = None if spec.norm is None else _norm_weights(spec.norm, dtype)
-    return PatchEmbedTables(dtype, make_linear(weight.flatten(1).to(dtype), bias, pack=pack), norm)
+    return PatchEmbedTables(dtype, traced, make_linear(weight.flatten(1).to(dtype), bias, pack=pack), norm)
 
 
 def patch_embed(
     spec: PatchEmbedSpec, tables: PatchEmbedTables, images: Tensor, image_scale: ImageScale | None
 ) -> Tensor:
     """Images [B, in_chans, H, W] to tokens [B, H / ph, W / pw, C]: one permuted copy and one matrix product."""
-    images = normalise(images, image_scale, spec.proj.weight.dtype)
     ph, pw = spec.proj.kernel_size
-    batch, channels, height, width = images.shape
+    shape = images.shape[0], images.shape[2] // ph, images.shape[3] // pw, spec.proj.out_channels
+    dtype = spec.proj.weight.dtype
+
+    def compute(images: Tensor, out: Tensor | None) -> Tensor:
+        x = _patches(normalise(images, image_scale, dtype), (ph, pw), tables)
+        x = tables.proj(x)
+        x = x if tables.norm is None else _layer_norm(x, tables.norm)
+        return x.to(dtype) if out is None else out.copy_(x)
+
+    # four times as many as in a stage: nothing is as large in here as what an MLP hides
+    return _in_parts(compute, images, shape, dtype, 4 * CPU_PART) if not tables.traced else compute(images, None)
+
+
+def _patches(images: Tensor, patch: Size, tables: PatchEmbedTables) -> Tensor:
+    """Copy images [B, C, H, W] to [B, H / ph, W / pw, C * ph * pw]."""
+    (ph, pw), (batch, channels, height, width) = patch, images.shape
     gh, gw = height // ph, width // pw
     x = images[:, :, : gh * ph, : gw * pw].to(tables.dtype)
-    x = x.reshape(batch, channels, gh, ph, gw, pw).permute(0, 2, 4, 1, 3, 5).reshape(batch, gh, gw, channels * ph * pw)
-    x = tables.proj(x)
-    x = x if tables.norm is None else _layer_norm(x, tables.norm)
-    return x.to(spec.proj.weight.dtype)
+    wide = None if tables.traced or not x.is_contiguous() or x.storage_offset() % pw else WIDE.get(pw * x.itemsize)
+    if wide is None:
+        x = x.reshape(batch, channels, gh, ph, gw, pw).permute(0, 2, 4, 1, 3, 5)
+    else:  # what a patch has of a row is one number to be copied
+        x = x.view(wide).view(batch, channels, gh, ph, gw).permute(0, 2, 4, 1, 3)
+        x = x.clone(memory_format=torch.contiguous_format).view(tables.dtype)
+    return x.reshape(batch, gh, gw, channels * ph * pw)
+
+
+def _in_parts(
+    compute: Callable[[Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    part: int,
+) -> Tensor:
+    """compute(x, None), on a CPU some images at a time, about as many each time.
+
+    Args:
+        compute: Makes of images a tensor of this shape and dtype, and returns it; in its second argument, if given.
+        part: How many numbers of the result at a time at most.
+    """
+    parts = -(-shape[0] // max(1, part // max(1, math.prod(shape[1:])))) if x.device.type == "cpu" else 1
+    if parts <= 1:
+        return compute(x, None)
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    for images, place in zip(x.chunk(parts), out.chunk(parts), strict=True):
+        compute(images, place)
+    return out
 
 
 def normalise(images: Tensor, image_scale: ImageScale | None, dtype: torch.dtype) -> Tensor:
@@ -130,7 +175,7 @@ def derive_stage(spec: StageSpec, traced: bool, autocast: torch.dtype | None) ->
     alike = len({(block.window, block.num_heads) for block in spec.blocks}) == 1  # they share scratch memory
     if pack and alike and weight.device.type == "cpu":
         exponents = tuple(cpu_attention.exponent_table(block.bias, block.scale[0]) for block in blocks)
-    return StageTables(dtype, merge_norm, reduction, blocks, exponents)
+    return StageTables(dtype, traced, merge_norm, reduction, blocks, exponents)
 
 
 def _derive_block(block: BlockSpec, dtype: torch.dtype, pack: bool) -> BlockTables:
@@ -176,13 +221,20 @@ def _bias_table(block: BlockSpec, dtype: torch.dtype) -> Tensor:
 
 def stage(spec: StageSpec, tables: StageTables, x: Tensor) -> Tensor:
     """One stage. x [B, H, W, C] to [B, H', W', C'], both contiguous, in the dtype of x."""
+    size = (x.shape[1], x.shape[2]) if spec.merge is None else ((x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2)
+    if tables.traced:
+        return _stage(spec, tables, size, x)
+    shape = x.shape[0], *size, spec.blocks[0].qkv.in_features
+    return _in_parts(partial(_stage, spec, tables, size), x, shape, x.dtype, CPU_PART)
+
+
+def _stage(spec: StageSpec, tables: StageTables, size: Size, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """One stage on a map of this size, after merging; into out where it is given."""
     given = x.dtype
     x = x.to(tables.dtype)
-    size, order = (x.shape[1], x.shape[2]), None
     if spec.merge is None:
-        x = x.flatten(1, 2)
+        x, order = x.flatten(1, 2), None
     else:
-        size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
         order = _stream_order(spec.blocks[0], size)
         x = _merge(tables, x, size, order)
     scratch = None if tables.exponents is None else _scratch(spec.blocks[0], tables, x, size)
@@ -192,7 +244,13 @@ def stage(spec: StageSpec, tables: StageTables, x: Tensor) -> Tensor:
         order = wanted
         in_place = None if scratch is None else partial(cpu_attention.attend, scratch, tables.exponents[index])
         x = _block(block, block_tables, x, size, in_place)
-    return _reorder(x, order, None).unflatten(1, size).to(given)
+    if out is None:
+        return _reorder(x, order, None).unflatten(1, size).to(given)
+    index = window_order.change(order, None, x.device)
+    if index is None or x.dtype != given:
+        return out.copy_(_reorder(x, order, None).unflatten(1, size))
+    torch.index_select(x, 1, index, out=out.flatten(1, 2))
+    return out
 
 
 def _stream_order(block: BlockSpec, size: Size) -> WindowOrder | None:

@@ -8,7 +8,7 @@ from helpers import random_images, randomise, small_model_args
 from torch import nn
 
 import swinfast
-from swinfast import fused
+from swinfast import torch_backend
 
 IMAGES = random_images(2, 3, 64, 64, dtype=torch.float64)
 
@@ -51,7 +51,7 @@ def test_in_eval_mode(model):
 
 
 def test_in_parts(timm, monkeypatch):
-    monkeypatch.setattr(fused, "CPU_PART", 2 * 56 * 56 * 16)  # two images in the first stage, four in the second
+    monkeypatch.setattr(torch_backend, "CPU_PART", 2 * 56 * 56 * 16)  # two images in stage 1, four in stage 2
     options = small_model_args(img_size=112)
     model = randomise(timm.create_model("swinv2_cr_tiny_224", **options)).double().eval()
     images = random_images(11, 3, 112, 112, dtype=torch.float64)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import swinfast
-from swinfast import fused
+from swinfast import torch_backend
 
 IMAGES = random_images(2, 3, 64, 64, dtype=torch.float64)
 
@@ -130,7 +130,7 @@ def test_a_removed_hook_lets_the_stage_be_fused_again(model):
 
 def test_hooks_on_replaced_modules_fire_once_with_the_right_tensors(timm, monkeypatch):
     """Hooks on a stage, which is how features are extracted, need no original: also where batches go in parts."""
-    monkeypatch.setattr(fused, "CPU_PART", 2 * 56 * 56 * 16)  # two images in the first stage, four in the second
+    monkeypatch.setattr(torch_backend, "CPU_PART", 2 * 56 * 56 * 16)  # two images in stage 1, four in stage 2
     model = randomise(timm.create_model("swinv2_cr_tiny_224", **small_model_args(img_size=112))).double().eval()
     fast = swinfast.optimize(model)
     images = random_images(9, 3, 112, 112, dtype=torch.float64)
