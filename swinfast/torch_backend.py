@@ -26,8 +26,8 @@ from .window_order import WindowOrder
 MASK_VALUE = -100.0
 MAX_LOGIT_SCALE = 4.605170185988092  # log(100)
 # Numbers of the residual stream that are worked on at a time on a CPU: about what its caches hold with all that is made
-# of them (2, 4, 8 and 16 images in the four stages of a tiny model).
-CPU_PART = 2 * 56 * 56 * 96
+# of them (2, 4, 8 and 16 images in the four stages of a base model).
+CPU_PART = 2 * 56 * 56 * 128
 WIDE = {8: torch.int64, 16: torch.complex128}  # dtypes of so many bytes
 NormWeights = tuple[Tensor | None, Tensor | None, float]
 Attend = Callable[[Tensor], Tensor]
