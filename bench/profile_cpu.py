@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from tabulate import tabulate
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
 import swinfast
 from bench.models import DTYPES, RESULTS, append, commit_of_this
@@ -33,21 +33,22 @@ COLUMNS = (
     "commit",
     "date",
 )
+WARMUP = 3  # forwards: the first that are profiled take many times as long
 WHOLE, REST = "whole forward", "everything else"
 PARTS = {  # what operators do in a forward of swinfast
     "mkldnn::_linear_pointwise": "linear layers, GELU in them",
     "aten::bmm": "products of attention",
     "aten::addmm": "classifier",
     "aten::native_layer_norm": "LayerNorm",
-    "aten::copy_": "heads apart, patches, parts, conversions",
+    "aten::copy_": "heads apart and together, patches, conversions",
     "aten::index_select": "token order",
+    "aten::addcmul": "position bias",
     "aten::exp2_": "exponentials",
-    "aten::sum": "sums of exponentials",
-    "aten::add": "position bias",
-    "aten::add_": "residual",
+    "aten::sum": "sums of exponentials and of k",
+    "aten::sub_": "k centred",
     "aten::linalg_vector_norm": "lengths of q and k",
-    "aten::mul_": "q and k by their lengths",
-    "aten::mul": "results by the sums, heads together",
+    "aten::mul_": "q and k by lengths, exponentials by sums",
+    "aten::add_": "residual",
 }
 
 
@@ -57,11 +58,18 @@ def measure(fast: torch.nn.Module, plain: torch.nn.Module, dtype: torch.dtype, b
     timings = compare({WHOLE: lambda: fast(images), PRODUCTS: products(plain, dtype, batch)}, rounds)
     whole = timings[WHOLE].median
     rows = [row(part, timing.median / batch, timing.median / whole) for part, timing in timings.items()]
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(rounds):
+    begin = schedule(wait=0, warmup=WARMUP, active=rounds)
+    with (
+        torch.inference_mode(),
+        profile(activities=[ProfilerActivity.CPU], schedule=begin, acc_events=True) as profiler,
+    ):
+        for _ in range(WARMUP + rounds):
             fast(images)
+            profiler.step()
     spent: dict[str, tuple[float, int]] = {}
     for event in profiler.key_averages():
+        if event.key.startswith("ProfilerStep"):
+            continue
         part = PARTS.get(event.key, REST)
         time, calls = spent.get(part, (0.0, 0))
         spent[part] = time + event.self_cpu_time_total, calls + event.count

@@ -145,8 +145,11 @@ def profile(rows: Sequence[Row]) -> str:
     """Shares of a forward's time by part, on one device; of a repeated measurement the last."""
     runs: dict[tuple[str, str, int], dict[str, float]] = {}
     for row in rows:
-        runs.setdefault((row["model"], row["dtype"], int(row["batch"])), {})[row["part"]] = float(row["share"])
-    parts = dict.fromkeys(row["part"] for row in rows)
+        key = row["model"], row["dtype"], int(row["batch"])
+        if row["part"] in runs.setdefault(key, {}):  # another run begins, which may know other parts
+            runs[key] = {}
+        runs[key][row["part"]] = float(row["share"])
+    parts = dict.fromkeys(part for run in runs.values() for part in run)
     lines = [[part, *(f"{run[part]:.1%}" if part in run else "–" for run in runs.values())] for part in parts]
     headers = ("part", *(f"{dtype}, batch {batch}" for _, dtype, batch in runs))
     models = ", ".join(dict.fromkeys(f"`{model}`" for model, _, _ in runs))

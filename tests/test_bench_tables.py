@@ -250,3 +250,12 @@ def test_batch_inference():
         ["memory", "500", "–", "–", "280"],
         ["memory", "5000", "–", "–", "290"],
     ]
+
+
+def test_profile_shows_the_last_run_alone():
+    """Parts that an older run knew, and the last does not, are left out."""
+    shared = {"model": "m", "dtype": "float32", "batch": "1", "device": "a CPU", "torch": "2.13.0"}
+    runs = [[("whole", 1.0), ("old", 0.7), ("both", 0.3)], [("whole", 1.0), ("new", 0.6), ("both", 0.4)]]
+    text = tables.profile([shared | {"part": part, "share": str(share)} for run in runs for part, share in run])
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert cells[2:] == [["whole", "100.0%"], ["new", "60.0%"], ["both", "40.0%"]]
