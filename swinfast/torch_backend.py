@@ -107,7 +107,7 @@ def patch_embed(
 
 
 def _patches(images: Tensor, patch: Size, tables: PatchEmbedTables) -> Tensor:
-    """Copy images [B, C, H, W] to [B, H / ph, W / pw, C * ph * pw]."""
+    """Images [B, C, H, W] as [B, H / ph, W / pw, C * ph * pw]."""
     (ph, pw), (batch, channels, height, width) = patch, images.shape
     gh, gw = height // ph, width // pw
     x = images[:, :, : gh * ph, : gw * pw].to(tables.dtype)
@@ -115,7 +115,7 @@ def _patches(images: Tensor, patch: Size, tables: PatchEmbedTables) -> Tensor:
     if wide is None:
         x = x.reshape(batch, channels, gh, ph, gw, pw).permute(0, 2, 4, 1, 3, 5)
     else:  # what a patch has of a row is one number to be copied
-        x = x.view(wide).view(batch, channels, gh, ph, gw).permute(0, 2, 4, 1, 3)
+        x = x.view(-1).view(wide).view(batch, channels, gh, ph, gw).permute(0, 2, 4, 1, 3)
         x = x.clone(memory_format=torch.contiguous_format).view(tables.dtype)
     return x.reshape(batch, gh, gw, channels * ph * pw)
 
