@@ -73,3 +73,14 @@ def test_patch_embed_in_parts(timm, monkeypatch):
     for got, expected in zip(parts, whole, strict=True):
         assert got.shape == expected.shape and got.dtype == expected.dtype and got.stride() == expected.stride()
         assert relative_rms(got, expected) <= 1e-6
+
+
+def test_another_default_device(timm):
+    """Scratch memory lies where the images are, not where new tensors go by default."""
+    fast = swinfast.optimize(make(timm, SMALL | {"img_size": 64}, "timm"))
+    images = random_images(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = fast(images)
+        with torch.device("meta"):
+            got = fast(images)
+    assert torch.equal(got, expected)
