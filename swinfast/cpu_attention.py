@@ -72,7 +72,13 @@ class Scratch:
         self.qkv_shape = windows, tokens, 3, heads, channels // heads
         split = empty(3, windows, heads, tokens, channels // heads, dtype=dtype)
         self.rounded = split[:2]
-        self.query_key = self.rounded if dtype == exact else empty(self.rounded.shape, dtype=exact)
+        self.products = empty(windows * heads, tokens, tokens, dtype=dtype)
+        if dtype == exact:
+            self.query_key, self.logits = self.rounded, self.products
+        else:  # in one place: once q and k are rounded, they are not needed exactly
+            place = empty(max(self.rounded.numel(), self.products.numel()), dtype=exact)
+            self.query_key = place[: self.rounded.numel()].view(self.rounded.shape)
+            self.logits = place[: self.products.numel()].view(self.products.shape)
         self.key = self.query_key[1]
         # as a linear layer returns them
         self.query_key_by_token = self.query_key.permute(1, 3, 0, 2, 4)  # [windows, N, 2, heads, d]
@@ -81,8 +87,6 @@ class Scratch:
         self.length = empty(2, windows, heads, tokens, 1, dtype=exact)
         self.query, key, self.value = split.flatten(1, 2)  # each [windows * heads, N, d]
         self.key_transposed = key.transpose(1, 2)
-        self.products = empty(windows * heads, tokens, tokens, dtype=dtype)
-        self.logits = self.products if dtype == exact else empty(self.products.shape, dtype=exact)
         self.by_window = by_window = self.logits.view(images, *grid, heads, tokens, tokens)
         upper, last_row = by_window[:, :-1], by_window[:, -1:]
         self.by_window_type = upper[:, :, :-1], last_row[:, :, :-1], upper[:, :, -1:], last_row[:, :, -1:]
