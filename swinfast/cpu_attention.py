@@ -23,12 +23,18 @@ LOG2_E = math.log2(math.e)
 
 
 class ExponentTable(NamedTuple):
-    """How a block's cosines become logits over log 2: multiplied by factor, and bias added."""
+    """How a block's cosines become logits over log 2: multiplied by factor, and bias added.
 
-    factor: Tensor  # [heads, 1, 1]
-    bias: tuple[Tensor, ...]  # one [heads, N, N], or four by window type; where not bounded, centred in each row and
-    # less an offset for each head
-    bounded: bool  # whether every sum is in range, whatever q and k are
+    Attributes:
+        factor: [heads, 1, 1].
+        bias: One [heads, N, N], or four by window type; where not bounded, centred in each row and less an offset for
+            each head.
+        bounded: Whether every sum is in range, whatever q and k are.
+    """
+
+    factor: Tensor
+    bias: tuple[Tensor, ...]
+    bounded: bool
 
 
 def exponent_table(bias: Tensor, scale: Tensor) -> ExponentTable:
@@ -44,8 +50,9 @@ def exponent_table(bias: Tensor, scale: Tensor) -> ExponentTable:
     if (scale + high <= LARGEST_LOGIT).all() and (low - scale >= math.log(LEAST_SUM)).all():
         bounded = True
     else:
+        bounded = False
         offset = (2 * scale + high - low - LARGEST_LOGIT).clamp(0, LARGEST_LOGIT / 2)
-        bias, bounded = bias - unmasked.mean(-1, keepdim=True) - offset, False
+        bias = bias - unmasked.mean(-1, keepdim=True) - offset
     bias = bias * LOG2_E
     return ExponentTable(scale * LOG2_E, (bias,) if bias.dim() == 3 else bias.unbind(), bounded)
 

@@ -103,7 +103,7 @@ def patch_embed(
         return x.to(dtype) if out is None else out.copy_(x)
 
     # four times as many as in a stage: nothing is as large in here as what an MLP hides
-    return _in_parts(compute, images, shape, dtype, 4 * CPU_PART) if not tables.traced else compute(images, None)
+    return _in_parts(compute, tables, images, shape, dtype, 4 * CPU_PART)
 
 
 def _patches(images: Tensor, patch: Size, tables: PatchEmbedTables) -> Tensor:
@@ -122,18 +122,21 @@ def _patches(images: Tensor, patch: Size, tables: PatchEmbedTables) -> Tensor:
 
 def _in_parts(
     compute: Callable[[Tensor, Tensor | None], Tensor],
+    tables: PatchEmbedTables | StageTables,
     x: Tensor,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     part: int,
 ) -> Tensor:
-    """compute(x, None), on a CPU some images at a time, about as many each time.
+    """compute(x, None), on a CPU and outside a graph some images at a time, about as many each time.
 
     Args:
         compute: Makes of images a tensor of this shape and dtype, and returns it; in its second argument, if given.
         part: How many numbers of the result at a time at most.
     """
-    parts = -(-shape[0] // max(1, part // max(1, math.prod(shape[1:])))) if x.device.type == "cpu" else 1
+    if tables.traced or x.device.type != "cpu":
+        return compute(x, None)
+    parts = -(-shape[0] // max(1, part // max(1, math.prod(shape[1:]))))
     if parts <= 1:
         return compute(x, None)
     out = torch.empty(shape, dtype=dtype, device=x.device)
@@ -222,13 +225,11 @@ def _bias_table(block: BlockSpec, dtype: torch.dtype) -> Tensor:
 def stage(spec: StageSpec, tables: StageTables, x: Tensor) -> Tensor:
     """One stage. x [B, H, W, C] to [B, H', W', C'], both contiguous, in the dtype of x."""
     size = (x.shape[1], x.shape[2]) if spec.merge is None else ((x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2)
-    if tables.traced:
-        return _stage(spec, tables, size, x)
     shape = x.shape[0], *size, spec.blocks[0].qkv.in_features
-    return _in_parts(partial(_stage, spec, tables, size), x, shape, x.dtype, CPU_PART)
+    return _in_parts(partial(_stage, spec, tables, size), tables, x, shape, x.dtype, CPU_PART)
 
 
-def _stage(spec: StageSpec, tables: StageTables, size: Size, x: Tensor, out: Tensor | None = None) -> Tensor:
+def _stage(spec: StageSpec, tables: StageTables, size: Size, x: Tensor, out: Tensor | None) -> Tensor:
     """One stage on a map of this size, after merging; into out where it is given."""
     given = x.dtype
     x = x.to(tables.dtype)
