@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import OPTIONS, images_for, make, relative_rms, small_model_args
 
-from bench import models, peers
+import swinfast
+from bench import models, peers, profile_cpu
 from bench.models import tasks_in_order
 from bench.peers import engines_named, sdpa_form
 from swinfast.engines import Engine, WrongAnswer
@@ -142,3 +143,13 @@ def test_a_slow_dtype_is_not_measured_unasked(monkeypatch):
         options = models._with_defaults(models._parser().parse_args([]), CPU)
         assert options.dtypes == expected
         assert options.output.name == "cpu.csv"
+
+
+def test_profile_knows_the_operators_of_a_forward(timm):
+    """Every part that it names takes time, and what it does not name computes little."""
+    plain = make(timm, OPTIONS["square"], "timm")
+    rows = profile_cpu.measure(swinfast.optimize(plain), plain, torch.float32, batch=2, rounds=2)
+    shares = {row["part"]: row["share"] for row in rows}
+    assert shares.keys() == {profile_cpu.WHOLE, profile_cpu.PRODUCTS, profile_cpu.REST, *profile_cpu.PARTS.values()}
+    assert all(row["calls"] >= 1 for row in rows[2:])
+    assert sum(row["share"] for row in rows[2:]) == pytest.approx(1, abs=0.01)
