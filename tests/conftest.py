@@ -18,6 +18,7 @@ from swinfast.reference import SwinTransformerV2Cr
 from torch import nn
 
 from bench.peers import import_timm
+from swinfast.cli import main
 
 torch.backends.cudnn.allow_tf32 = False  # which the oracle's convolution on a GPU is by default
 torch.set_num_threads(1)  # these models are small: threads gain nothing, and on a busy machine they cost tenfold
@@ -75,3 +76,22 @@ def bad_images(tmp_path) -> dict[str, Path]:
     whole = write_image(files["cut"]).read_bytes()
     files["cut"].write_bytes(whole[: len(whole) // 2])
     return files | {"missing": tmp_path / "missing.png"}
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder with five images and a file of another kind."""
+    for seed, name in enumerate(("a.png", "b.jpg", "sub/c.webp", "sub/d.bmp", "e.png")):
+        write_image(tmp_path / "photos" / name, seed)
+    (tmp_path / "photos" / "notes.txt").touch()
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def predict(model_folder):
+    """Runs swinfast predict with the small model and returns its exit code."""
+
+    def run(*arguments, model=model_folder) -> int:
+        return main(["predict", *map(str, arguments), "--model", str(model), "--device", "cpu"])
+
+    return run

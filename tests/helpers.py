@@ -1,5 +1,6 @@
 """What the tests share: models whose every parameter matters, and how outputs are compared."""
 
+import csv
 import math
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,10 @@ __all__ = [
     "THREE",
     "images_for",
     "make",
+    "names_in",
     "random_images",
     "randomise",
+    "read_csv",
     "relative_rms",
     "small_model_args",
     "write_image",
@@ -98,3 +101,14 @@ def make(timm, options: dict, source: str) -> nn.Module:
     """A model with random weights in eval mode, timm's or our own."""
     create = timm.create_model if source == "timm" else swinfast.create_model
     return randomise(create("swinv2_cr_tiny_224", **options)).eval()
+
+
+def read_csv(file: Path) -> list[list[str]]:
+    """All rows, the header first."""
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.reader(stream))
+
+
+def names_in(photos: Path) -> list[str]:
+    """The images of the fixture photos, in the order of a run."""
+    return [str(photos / name) for name in ("a.png", "b.jpg", "e.png", "sub/c.webp", "sub/d.bmp")]

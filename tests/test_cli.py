@@ -1,7 +1,5 @@
 """The command line: arguments, outputs, exit codes."""
 
-import csv
-import io
 import itertools
 import json
 import os
@@ -9,17 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import pytest
-from helpers import randomise, write_image
-from PIL import Image
+from helpers import names_in, randomise, read_csv, write_image
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 import swinfast
 from swinfast.cli import main
@@ -28,42 +21,14 @@ COLUMNS = [f"top{rank}_{key}" for rank in range(1, 11) for key in ("index", "lab
 
 
 @pytest.fixture
-def photos(tmp_path) -> Path:
-    """A folder with five images and a file of another kind."""
-    for seed, name in enumerate(("a.png", "b.jpg", "sub/c.webp", "sub/d.bmp", "e.png")):
-        write_image(tmp_path / "photos" / name, seed)
-    (tmp_path / "photos" / "notes.txt").touch()
-    return tmp_path / "photos"
-
-
-@pytest.fixture
-def predict(model_folder):
-    """Runs swinfast predict with the small model and returns its exit code."""
-
-    def run(*arguments, model=model_folder) -> int:
-        return main(["predict", *map(str, arguments), "--model", str(model), "--device", "cpu"])
-
-    return run
-
-
-@pytest.fixture
 def no_model(monkeypatch):
     """Nothing may be loaded."""
     monkeypatch.setattr("swinfast.cli_predict.create_model", lambda *args, **options: pytest.fail("a model was made"))
 
 
-def read_csv(file: Path) -> list[list[str]]:
-    with file.open(newline="", encoding="utf-8") as stream:
-        return list(csv.reader(stream))
-
-
 def expected_predictions(model_folder, files, topk: int) -> list[swinfast.Prediction]:
     model = swinfast.create_model(str(model_folder))
     return list(swinfast.Predictor(model, topk=topk, device="cpu").predict(files))
-
-
-def names_in(photos: Path) -> list[str]:
-    return [str(photos / name) for name in ("a.png", "b.jpg", "e.png", "sub/c.webp", "sub/d.bmp")]
 
 
 def test_csv(predict, photos, tmp_path, model_folder, capsys):
@@ -340,121 +305,3 @@ def test_interrupt_in_the_middle(photos, model_folder, tmp_path, predict):
 def allow_interrupts() -> None:
     """A shell may have started the tests with interrupts ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture
-def faults(tmp_path, photos, bad_images) -> Path:
-    """A folder with one of each bad file among good ones."""
-    for file in bad_images.values():
-        if file.exists():
-            file.rename(photos / file.name)
-    (photos / "gone.png").symlink_to(photos / "nothing.png")
-    Image.new("1", (20000, 20000)).save(photos / "bomb.png")
-    (photos / "pixels.png").write_bytes((photos / "a.png").read_bytes()[:60])
-    return photos
-
-
-REASONS = {
-    "bomb.png": "DecompressionBombError",
-    "cut.jpg": "truncated",
-    "empty.jpg": "cannot identify",
-    "gone.png": "FileNotFoundError",
-    "pixels.png": "OSError",
-    "text.png": "cannot identify",
-}
-
-
-def test_one_of_each_bad_file(predict, faults, tmp_path, capsys):
-    assert predict(faults, "--output", tmp_path / "out.csv") == 1
-    assert [row[0] for row in read_csv(tmp_path / "out.csv")[1:]] == names_in(faults)
-    errors = dict(read_csv(tmp_path / "out.csv.errors.csv")[1:])
-    assert {Path(name).name for name in errors} == set(REASONS)
-    for name, reason in REASONS.items():
-        assert reason in errors[str(faults / name)]
-    assert "swinfast: 6 of 11 images could not be read" in capsys.readouterr().err
-
-
-def test_strict(predict, faults, tmp_path, capsys):
-    options = ["--output", tmp_path / "out.csv", "--batch-size", 1, "--part-size", 1]
-    assert predict(faults, *options, "--strict") == 2
-    assert f"swinfast: error: {faults}/bomb.png can't be read: DecompressionBombError" in capsys.readouterr().err
-    assert not (tmp_path / "out.csv").exists()
-    assert predict(faults, *options, "--resume") == 1
-    assert len(read_csv(tmp_path / "out.csv")) == 6
-    assert predict(faults, "--strict") == 2
-
-
-def test_resume_with_other_settings(predict, photos, tmp_path, capsys):
-    output = ["--output", tmp_path / "out.csv", "--resume"]
-    assert predict(photos, *output) == 0
-    assert predict(photos, *output) == 0
-    assert "nothing is left to do" in capsys.readouterr().err
-    assert predict(photos, *output, "--topk", 2) == 2
-    assert "can't be resumed: topk was 5, is 2" in capsys.readouterr().err
-
-
-def test_habits_of_timm(predict, photos, tmp_path):
-    options = ["--no-include-index", "--no-fullname", "--topk", 2, "--quiet", "--output", tmp_path / "out.csv"]
-    assert predict(photos, *options) == 0
-    header, *rows = read_csv(tmp_path / "out.csv")
-    assert header == ["filename", "top1_label", "top1_prob", "top2_label", "top2_prob"]
-    assert [row[0] for row in rows] == ["a.png", "b.jpg", "e.png", "c.webp", "d.bmp"]
-
-
-@pytest.mark.parametrize(
-    "label_type, first",
-    [
-        ("name", "n01440764"),
-        ("description", "tench, Tinca tinca"),
-        ("detail", "tench, Tinca tinca: freshwater dace-like game fish of Europe"),
-    ],
-)
-def test_label_type(photos, tmp_path, label_type, first):
-    model = randomise(swinfast.create_model("swinv2_cr_tiny_224", img_size=32, depths=(1,), num_heads=(3,)))
-    config = {"architecture": "swinv2_cr_tiny_224", "num_classes": 1000, "pretrained_cfg": {"input_size": [3, 32, 32]}}
-    config["model_args"] = {"img_size": 32, "depths": [1], "num_heads": [3]}
-    (tmp_path / "imagenet").mkdir()
-    (tmp_path / "imagenet" / "config.json").write_text(json.dumps(config))
-    save_file(model.state_dict(), tmp_path / "imagenet" / "model.safetensors")
-    options = ["--model", tmp_path / "imagenet", "--topk", 1000, "--label-type", label_type, "--device", "cpu"]
-    command = ["predict", photos / "a.png", *options, "--output", tmp_path / "out.jsonl"]
-    assert main(list(map(str, command))) == 0
-    tops = json.loads((tmp_path / "out.jsonl").read_text())["predictions"]
-    assert next(top["label"] for top in tops if top["index"] == 0).startswith(first)
-
-
-@pytest.mark.parametrize("command, endings", [("embed", ".npy or .parquet"), ("features", ".npy or .parquet")])
-def test_arrays(photos, model_folder, tmp_path, command, endings, capsys):
-    base = [command, photos, "--model", model_folder, "--device", "cpu", "--output"]
-    assert main(list(map(str, [*base, tmp_path / "out.csv"]))) == 2
-    assert f"output must end in {endings}, got" in capsys.readouterr().err
-    assert main(list(map(str, [*base, tmp_path / "out.npy"]))) == 0
-    assert len(read_csv(tmp_path / "out.index.csv")) == 6
-    arrays = sorted(tmp_path.glob("*.npy"))
-    assert [np.load(file).shape for file in arrays] == (
-        [(5, 32)] if command == "embed" else [(5, 16, 16, 16), (5, 32, 8, 8)]
-    )
-
-
-def test_progress_on_a_terminal(predict, photos, tmp_path, monkeypatch):
-    """A bar with the rate; it finds out how many images there are while it runs."""
-    bars = []
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    class Bar(tqdm):
-        def __init__(self, **options):
-            super().__init__(file=Terminal(), **options)
-            bars.append(self)
-
-    monkeypatch.setattr("swinfast.cli_predict.tqdm", Bar)
-    for thread in (predict(photos, "--output", tmp_path / "out.csv"), *threading.enumerate()):
-        if isinstance(thread, threading.Thread) and "_find_total" in thread.name:
-            thread.join()
-    (bar,) = bars
-    assert (bar.n, bar.total) == (5, 5)
-    assert "img/s" in bar.fp.getvalue()
-    assert predict(photos, "--quiet", "--output", tmp_path / "out.csv") == 0
-    assert bars[1].disable

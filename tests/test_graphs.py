@@ -5,11 +5,12 @@ take the PyTorch backend for one that may be captured: Triton's interpreter is s
 import copy
 import pickle
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from graph_captures import DEVICE, Captures
 from helpers import SMALL, THREE, make, random_images, relative_rms
 from torch import nn
 
@@ -18,51 +19,8 @@ from swinfast import graphs, plan, torch_backend, triton_backend
 from swinfast.backends import Choice
 from swinfast.specs import StageSpec
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = SMALL | {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "num_heads": (1, 2)}
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
-
-
-class Captures:
-    """Counts captures and replays; stands in for a GPU where there is none."""
-
-    def __init__(self):
-        self.captured = self.replayed = 0
-        self.error: Exception | None = None
-        self.stream = 0
-        self.real = graphs.capture
-
-    def capture(self, compute, device):
-        if self.error is not None:
-            raise self.error
-        self.captured += 1
-        if device.type == "cuda":
-            launch, output = self.real(compute, device)
-        else:
-            output = compute()
-
-            def launch():
-                with torch.no_grad():
-                    output.copy_(compute())
-
-        def replay():
-            self.replayed += 1
-            launch()
-
-        if device.type == "cpu":
-            output.fill_(torch.nan)  # a capture computes nothing
-        return replay, output
-
-    @contextmanager
-    def on_stream(self, number: int):
-        if DEVICE.type == "cuda":
-            with torch.cuda.stream(torch.cuda.Stream()):
-                yield
-                torch.cuda.current_stream().synchronize()
-            return
-        before, self.stream = self.stream, number
-        yield
-        self.stream = before
 
 
 @pytest.fixture
