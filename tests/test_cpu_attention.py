@@ -126,3 +126,15 @@ def test_nan_stays_in_its_window(scale):
     expected = attention(qkv, scales, bias)
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.allclose(got, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [2.0, 100.0])
+def test_zero_has_no_direction(scale):
+    """A q and a k of zeros have cosines of 0, as by torch.nn.functional.normalize."""
+    qkv, scales, bias = inputs(scale, False, False)
+    qkv[1, 3, :2] = 0.0
+    scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.float64, torch.float64)
+    table = cpu_attention.exponent_table(bias, scales)
+    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS))
+    expected = attention(qkv, scales, bias)
+    assert relative_rms(got.view(expected.shape), expected) <= 1e-12
