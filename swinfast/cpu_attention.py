@@ -60,6 +60,8 @@ def exponent_table(bias: Tensor, scale: Tensor) -> ExponentTable:
 class Scratch:
     """What attention writes into, for images of one size: [images * windows] windows of N tokens, and views of it.
 
+    Its memory is there from load to release alone: an MLP needs as much again.
+
     Args:
         grid: Windows along the height and the width of an image.
         dtype, exact: Of the matrix products, and of what is computed between them.
@@ -77,8 +79,8 @@ class Scratch:
     ):
         windows, empty = images * grid[0] * grid[1], partial(torch.empty, device="cpu")
         self.qkv_shape = windows, tokens, 3, heads, channels // heads
-        split = empty(3, windows, heads, tokens, channels // heads, dtype=dtype)
-        self.rounded = split[:2]
+        self.rounded = empty(2, windows, heads, tokens, channels // heads, dtype=dtype)
+        value = empty(1, windows, heads, tokens, channels // heads, dtype=dtype)
         self.products = empty(windows * heads, tokens, tokens, dtype=dtype)
         if dtype == exact:
             self.query_key, self.logits = self.rounded, self.products
@@ -89,25 +91,45 @@ class Scratch:
         self.key = self.query_key[1]
         # as a linear layer returns them
         self.query_key_by_token = self.query_key.permute(1, 3, 0, 2, 4)  # [windows, N, 2, heads, d]
-        self.value_by_token = split[2:].permute(1, 3, 0, 2, 4)
+        self.value_by_token = value.permute(1, 3, 0, 2, 4)
         self.key_sum = empty(windows, heads, 1, channels // heads, dtype=exact)
         self.length = empty(2, windows, heads, tokens, 1, dtype=exact)
-        self.query, key, self.value = split.flatten(1, 2)  # each [windows * heads, N, d]
-        self.key_transposed = key.transpose(1, 2)
+        self.query, key = self.rounded.flatten(1, 2)  # each [windows * heads, N, d]
+        self.key_transposed, self.value = key.transpose(1, 2), value.flatten(0, 2)
         self.by_window = by_window = self.logits.view(images, *grid, heads, tokens, tokens)
         upper, last_row = by_window[:, :-1], by_window[:, -1:]
         self.by_window_type = upper[:, :, :-1], last_row[:, :, :-1], upper[:, :, -1:], last_row[:, :, -1:]
         self.sums = empty(windows * heads, tokens, 1, dtype=exact)
         # q and k are done with when the result is written
-        self.attended, self.attended_by_token = self.query, split[0].transpose(1, 2)
-        self.joined = split[1].view(windows, tokens, heads, channels // heads)
+        self.attended, self.attended_by_token = self.query, self.rounded[0].transpose(1, 2)
+        self.joined = self.rounded[1].view(windows, tokens, heads, channels // heads)
+        self.result = self.joined.view(images, math.prod(grid) * tokens, channels)
+        loaded = {x.untyped_storage() for x in (self.query_key, value)}
+        later = {x.untyped_storage() for x in (self.rounded, self.products)} - loaded
+        self.loaded, self.later = ([(storage, storage.nbytes()) for storage in part] for part in (loaded, later))
+        self.release()
+
+    def load(self, qkv: Tensor) -> None:
+        """Take q, k and v of tokens in window order, [B, windows * N, 3C]."""
+        _resize(self.loaded)
+        query_key, value = qkv.view(self.qkv_shape).split((2, 1), dim=2)
+        self.query_key_by_token.copy_(query_key)
+        self.value_by_token.copy_(value)
+
+    def release(self) -> None:
+        """Give the memory back, and lose what is in it."""
+        for storage, _ in self.loaded + self.later:
+            storage.resize_(0)
 
 
-def attend(scratch: Scratch, table: ExponentTable, qkv: Tensor) -> Tensor:
-    """Scaled cosine attention of tokens in window order, [B, windows * N, 3C] to [B, windows * N, C] in scratch."""
-    query_key, value = qkv.view(scratch.qkv_shape).split((2, 1), dim=2)
-    scratch.query_key_by_token.copy_(query_key)
-    scratch.value_by_token.copy_(value)
+def _resize(memory: list[tuple[torch.UntypedStorage, int]]) -> None:
+    for storage, size in memory:
+        storage.resize_(size)
+
+
+def attend(scratch: Scratch, table: ExponentTable) -> Tensor:
+    """Scaled cosine attention of what is loaded, to [B, windows * N, C] in scratch."""
+    _resize(scratch.later)
     length = torch.linalg.vector_norm(scratch.query_key, dim=-1, keepdim=True, out=scratch.length)
     scratch.query_key.mul_(length.clamp_min_(NORM_EPS).reciprocal_())
     if not table.bounded:
@@ -124,7 +146,7 @@ def attend(scratch: Scratch, table: ExponentTable, qkv: Tensor) -> Tensor:
         weights.copy_(logits)
     torch.bmm(weights, scratch.value, out=scratch.attended)
     scratch.joined.copy_(scratch.attended_by_token)
-    return scratch.joined.view(*qkv.shape[:2], qkv.shape[2] // 3)
+    return scratch.result
 
 
 def _logits(scratch: Scratch, table: ExponentTable) -> Tensor:

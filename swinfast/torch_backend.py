@@ -30,7 +30,6 @@ MAX_LOGIT_SCALE = 4.605170185988092  # log(100)
 CPU_PART = 2 * 56 * 56 * 128
 WIDE = {8: torch.int64, 16: torch.complex128}  # dtypes of so many bytes
 NormWeights = tuple[Tensor | None, Tensor | None, float]
-Attend = Callable[[Tensor], Tensor]
 
 name = "torch"
 capturable = False  # index tensors are kept in a cache that forgets some
@@ -42,6 +41,7 @@ class BlockTables(NamedTuple):
 
     bias: Tensor  # [heads, N, N], or [4, heads, N, N] by window type where the block is shifted
     scale: Tensor  # [2, heads, 1, 1]: factors of the normalised q and k
+    exponents: ExponentTable | None  # for attention in place
     qkv: Linear
     proj: Linear
     fc1_gelu: Linear
@@ -57,7 +57,7 @@ class StageTables(NamedTuple):
     merge_norm: NormWeights | None
     reduction: Linear | None
     blocks: tuple[BlockTables, ...]
-    exponents: tuple[ExponentTable, ...] | None  # for each block, on a CPU outside a graph: attention in place
+    in_place: bool  # whether attention computes in scratch memory: on a CPU outside a graph
 
 
 class PatchEmbedTables(NamedTuple):
@@ -173,23 +173,23 @@ def derive_stage(spec: StageSpec, traced: bool, autocast: torch.dtype | None) ->
     if spec.merge is not None:
         merge_norm = _norm_weights(spec.merge.norm, dtype)
         reduction = _linear(spec.merge.reduction, dtype, pack)
-    blocks = tuple(_derive_block(block, dtype, pack) for block in spec.blocks)
-    exponents = None
     alike = len({(block.window, block.num_heads) for block in spec.blocks}) == 1  # they share scratch memory
-    if pack and alike and weight.device.type == "cpu":
-        exponents = tuple(cpu_attention.exponent_table(block.bias, block.scale[0]) for block in blocks)
-    return StageTables(dtype, traced, merge_norm, reduction, blocks, exponents)
+    in_place = pack and alike and weight.device.type == "cpu"
+    blocks = tuple(_derive_block(block, dtype, pack, in_place) for block in spec.blocks)
+    return StageTables(dtype, traced, merge_norm, reduction, blocks, in_place)
 
 
-def _derive_block(block: BlockSpec, dtype: torch.dtype, pack: bool) -> BlockTables:
+def _derive_block(block: BlockSpec, dtype: torch.dtype, pack: bool, in_place: bool) -> BlockTables:
     logit_scale = block.logit_scale_owner.logit_scale
     exact = torch.promote_types(logit_scale.dtype, torch.float32)
     # LayerNorm of bfloat16 is faster on a CPU with weights in float32
     norm_dtype = exact if pack and logit_scale.device.type == "cpu" else dtype
-    scale = logit_scale.to(exact).clamp(max=MAX_LOGIT_SCALE).exp()
+    scale = logit_scale.to(exact).clamp(max=MAX_LOGIT_SCALE).exp()[:, None, None]
+    bias = _bias_table(block, exact)
     return BlockTables(
-        bias=_bias_table(block, exact),
-        scale=torch.stack([scale, torch.ones_like(scale)])[:, :, None, None],
+        bias=bias,
+        scale=torch.stack([scale, torch.ones_like(scale)]),
+        exponents=cpu_attention.exponent_table(bias, scale) if in_place else None,
         qkv=_linear(block.qkv, dtype, pack),
         proj=_linear(block.proj, dtype, pack),
         fc1_gelu=_linear(block.fc1, dtype, pack, gelu=True),
@@ -238,13 +238,12 @@ def _stage(spec: StageSpec, tables: StageTables, size: Size, x: Tensor, out: Ten
     else:
         order = _stream_order(spec.blocks[0], size)
         x = _merge(tables, x, size, order)
-    scratch = None if tables.exponents is None else _scratch(spec.blocks[0], tables, x, size)
-    for index, (block, block_tables) in enumerate(zip(spec.blocks, tables.blocks, strict=True)):
+    scratch = _scratch(spec.blocks[0], tables, x, size) if tables.in_place else None
+    for block, block_tables in zip(spec.blocks, tables.blocks, strict=True):
         wanted = _stream_order(block, size)
         x = _reorder(x, order, wanted)
         order = wanted
-        in_place = None if scratch is None else partial(cpu_attention.attend, scratch, tables.exponents[index])
-        x = _block(block, block_tables, x, size, in_place)
+        x = _block(block, block_tables, x, size, scratch)
     if out is None:
         return _reorder(x, order, None).unflatten(1, size).to(given)
     index = window_order.change(order, None, x.device)
@@ -279,25 +278,31 @@ def _scratch(block: BlockSpec, tables: StageTables, x: Tensor, size: Size) -> Sc
     return Scratch(x.shape[0], order.grid, math.prod(block.window), block.num_heads, x.shape[-1], x.dtype, exact)
 
 
-def _block(block: BlockSpec, tables: BlockTables, x: Tensor, size: Size, in_place: Attend | None) -> Tensor:
+def _block(block: BlockSpec, tables: BlockTables, x: Tensor, size: Size, scratch: Scratch | None) -> Tensor:
     """One block on the residual stream [B, H * W, C]."""
-    order = WindowOrder(size, block.window, block.shift)
-    if order.padded:
-        windows = x.index_select(1, window_order.change(None, order, x.device))
-        windows = windows.masked_fill(window_order.pad_mask(order, x.device), 0.0)
-        attended = _attention(block, tables, windows, order.grid, in_place)
-        attended = attended.index_select(1, window_order.change(order, None, x.device))
-    else:
-        attended = _attention(block, tables, x, order.grid, in_place)
-    x = _norm_residual(attended, tables.norm1, x)
+    x = _norm_residual(_attention(block, tables, x, size, scratch), tables.norm1, x)
     x = _norm_residual(tables.fc2(tables.fc1_gelu(x)), tables.norm2, x)
     return x if tables.norm3 is None else _layer_norm(x, tables.norm3)
 
 
-def _attention(block: BlockSpec, tables: BlockTables, x: Tensor, grid: Size, in_place: Attend | None) -> Tensor:
-    """Scaled cosine attention and the projection on tokens in window order, [B, windows * N, C] in and out."""
-    qkv = tables.qkv(x)
-    return tables.proj(_attend(block, tables, qkv, grid) if in_place is None else in_place(qkv))
+def _attention(block: BlockSpec, tables: BlockTables, x: Tensor, size: Size, scratch: Scratch | None) -> Tensor:
+    """Scaled cosine attention and the projection, [B, H * W, C] in and out."""
+    order = WindowOrder(size, block.window, block.shift)
+    if scratch is None:
+        x = tables.proj(_attend(block, tables, tables.qkv(_windows(x, order)), order.grid))
+    else:
+        scratch.load(tables.qkv(_windows(x, order)))
+        x = tables.proj(cpu_attention.attend(scratch, tables.exponents))
+        scratch.release()
+    return x.index_select(1, window_order.change(order, None, x.device)) if order.padded else x
+
+
+def _windows(x: Tensor, order: WindowOrder) -> Tensor:
+    """The residual stream as windows [B, windows * N, C]: as it is, or with zeros where they are padded."""
+    if not order.padded:
+        return x
+    x = x.index_select(1, window_order.change(None, order, x.device))
+    return x.masked_fill_(window_order.pad_mask(order, x.device), 0.0)
 
 
 def _attend(block: BlockSpec, tables: BlockTables, qkv: Tensor, grid: Size) -> Tensor:

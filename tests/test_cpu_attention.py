@@ -19,6 +19,11 @@ def attention(qkv, scale, bias):
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
+def attend(scratch, table, qkv):
+    scratch.load(qkv.view(2, -1, 3 * CHANNELS))
+    return cpu_attention.attend(scratch, table)
+
+
 def inputs(scale, masked, alike, dtype=torch.float64):
     """qkv whose k are near each other where asked for, so that rows lie far from 0; scales and biases of two heads."""
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +56,7 @@ def test_is_softmax(scale, masked, alike):
     table = cpu_attention.exponent_table(bias, scales)
     assert table.bounded == (scale <= 60.0)
     scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.float64, torch.float64)
-    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS))
+    got = attend(scratch, table, qkv)
     expected = attention(qkv, scales, window_biases(bias))
     assert relative_rms(got.view(expected.shape), expected) <= 1e-12
 
@@ -62,7 +67,7 @@ def test_bfloat16_is_rounded_where_products_are_alone(scale):
     qkv, scales, bias = inputs(scale, True, False, torch.bfloat16)
     table = cpu_attention.exponent_table(bias.float(), scales.float())
     scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.bfloat16, torch.float32)
-    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS))
+    got = attend(scratch, table, qkv)
     q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
     q, k = (torch.nn.functional.normalize(side, dim=-1) for side in (q, k))
     if not table.bounded:
@@ -85,7 +90,7 @@ def test_a_sum_out_of_range_is_computed_by_softmax(monkeypatch, last, falls_back
     monkeypatch.setattr(cpu_attention, "_in_range", lambda sums: answers.append(in_range(sums)) or answers[-1])
     scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.float32, torch.float32)
     table = cpu_attention.exponent_table(bias.float(), scales.float())
-    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS))
+    got = attend(scratch, table, qkv)
     expected = attention(qkv.double(), scales, bias)
     assert answers == [not falls_back]
     assert relative_rms(got.view(expected.shape), expected) <= 1e-5
@@ -103,7 +108,7 @@ def test_a_row_that_sees_opposite_keys_alone_is_computed_by_softmax(monkeypatch)
     monkeypatch.setattr(cpu_attention, "_in_range", lambda sums: answers.append(in_range(sums)) or answers[-1])
     scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.float32, torch.float32)
     table = cpu_attention.exponent_table(bias.float(), scales.float())
-    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS))
+    got = attend(scratch, table, qkv)
     expected = attention(qkv.double(), scales, window_biases(bias))
     assert answers == [False]
     assert relative_rms(got.view(expected.shape), expected) <= 1e-5
@@ -122,7 +127,7 @@ def test_nan_stays_in_its_window(scale):
     qkv[1, 3, 1, 0, 0] = math.nan
     scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.float64, torch.float64)
     table = cpu_attention.exponent_table(bias, scales)
-    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS)).view(-1, TOKENS, CHANNELS)
+    got = attend(scratch, table, qkv).view(-1, TOKENS, CHANNELS)
     expected = attention(qkv, scales, bias)
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.allclose(got, expected, equal_nan=True)
@@ -135,6 +140,22 @@ def test_zero_has_no_direction(scale):
     qkv[1, 3, :2] = 0.0
     scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.float64, torch.float64)
     table = cpu_attention.exponent_table(bias, scales)
-    got = cpu_attention.attend(scratch, table, qkv.view(2, -1, 3 * CHANNELS))
+    got = attend(scratch, table, qkv)
     expected = attention(qkv, scales, bias)
     assert relative_rms(got.view(expected.shape), expected) <= 1e-12
+
+
+def test_memory_is_given_back():
+    """And taken again: another load finds its place, and answers as the first."""
+    qkv, scales, bias = inputs(100.0, True, False, torch.bfloat16)
+    table = cpu_attention.exponent_table(bias.float(), scales.float())
+    scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.bfloat16, torch.float32)
+    tensors = [x for x in vars(scratch).values() if isinstance(x, torch.Tensor)]
+    large = [x for x in tensors if x.numel() >= qkv.numel() // 3]
+    answers = []
+    for _ in range(2):
+        assert not any(x.untyped_storage().nbytes() for x in large)
+        answers.append(attend(scratch, table, qkv).clone())
+        scratch.release()
+    assert len(large) >= 5
+    assert torch.equal(*answers)
