@@ -53,6 +53,7 @@ from bench.peaks import Peaks, Timer, measure_peaks, rows_of, timer_of
 from bench.provenance import provenance
 from bench.roofline import bytes_of, flops_of
 from bench.tables import slug
+from swinfast.errors import in_a_line
 from swinfast.measurements import append
 from swinfast.predict import resolve_device
 
@@ -130,9 +131,7 @@ def compiled_us(case: Case, options: Options) -> float:
 
 def problem_of(error: Exception) -> str:
     """What went wrong, on one line."""
-    text = str(error).strip().splitlines()
-    kind = "" if isinstance(error, Wrong) else f"{type(error).__name__}: "
-    return (kind + (text[0] if text else ""))[:200]
+    return in_a_line(error, Wrong)[:200]
 
 
 def compile_all(cases: Iterable[Case], arch: str, pool: Pool | None) -> None:

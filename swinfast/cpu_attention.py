@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NORM_EPS = 1e-12
+from .reference.ops import NORM_EPS
+
 LARGEST_LOGIT = 64.0  # e^64 leaves the sums, and their products with v, far from overflow
 LEAST_SUM = 1e-30  # of a row's exponentials: what underflows beside it is below any rounding
 LOG2_E = math.log2(math.e)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .benchmark import PeakMemory, Timing, compare, copies_beyond_cache, rotating
+from .errors import in_a_line
 from .optimize import optimize
 from .verify import ABSOLUTE, FACTOR, verify
 
@@ -93,9 +94,7 @@ class Comparison:
         except WrongAnswer:
             raise
         except Exception as error:  # out of memory, a compiler's own types, …: the others go on
-            lines = str(error).strip().splitlines()
-            kind = "" if isinstance(error, ValueError) else type(error).__name__
-            self.left_out[label] = ": ".join(filter(None, (kind, *lines[:1]))) or type(error).__name__
+            self.left_out[label] = in_a_line(error, ValueError)
 
 
 def swinfast_engine() -> Engine:

@@ -19,6 +19,7 @@ from . import graphs, torch_backend
 from .adapters import HOOKS, Adapter, adapter_of, why_not
 from .autocast import autocast_dtype
 from .backends import choose
+from .errors import in_a_line
 from .plan import Plan, SequencePlan
 from .recompute import FusedForward
 from .self_check import is_asked_for, self_check
@@ -127,7 +128,7 @@ class FusedComputation(Fused):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            problem = graphs.in_a_line(error)
+            problem = in_a_line(error)
         return out if problem is None else self._fall_back(problem, x)
 
     def _fall_back(self, problem: str, x: Tensor) -> Tensor:

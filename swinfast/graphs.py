@@ -17,6 +17,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from .errors import in_a_line
+
 KEPT = 8  # graphs of one module; the one that was not used for the longest is dropped
 REMEMBERED = 64  # signatures seen once
 _capturing = threading.Lock()  # one capture at a time
@@ -167,12 +169,6 @@ def is_capturing(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
-
-
-def in_a_line(error: Exception) -> str:
-    """An error's type and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def may_run(setting: bool | str, plan: Any, x: Tensor) -> bool:

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from . import cpu_attention, window_order
 from .constants import constant
-from .cpu_attention import NORM_EPS, ExponentTable, Scratch
+from .cpu_attention import ExponentTable, Scratch
+from .reference.ops import MASK_VALUE, MAX_LOGIT_SCALE, NORM_EPS
 from .specs import BlockSpec, ImageScale, MergeSpec, PatchEmbedSpec, Size, StageSpec
 from .torch_linear import Linear, can_pack, has_native_bfloat16, make_linear
 from .window_order import WindowOrder
 
-MASK_VALUE = -100.0
-MAX_LOGIT_SCALE = 4.605170185988092  # log(100)
 # Numbers of the residual stream that are worked on at a time on a CPU: about what its caches hold with all that is made
 # of them (2, 4, 8 and 16 images in the four stages of a base model).
 CPU_PART = 2 * 56 * 56 * 128
