@@ -28,7 +28,8 @@ def replace_tables(**changes):
 
         def derive(block, *arguments):
             tables = original(block, *arguments)
-            return tables._replace(**{key: change(getattr(tables, key), block) for key, change in changes.items()})
+            tables = tables._replace(**{key: change(getattr(tables, key), block) for key, change in changes.items()})
+            return tables._replace(exponents=cpu_attention.exponent_table(tables.bias, tables.scale[0]))
 
         monkeypatch.setattr(torch_backend, "_derive_block", derive)
 
