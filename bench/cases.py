@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import swinfast
-from swinfast.verify import ABSOLUTE, FACTOR
+from swinfast.verify import ABSOLUTE, FACTOR, tf32_as_in_products
 
 Arguments = dict[str, Any]
 
@@ -131,12 +131,13 @@ def choose_forms(forms: dict[str, str], channels: int | None = None) -> Callable
 
 @contextmanager
 def tf32_setting(precision: str) -> Iterator[None]:
-    """Products of float32 as a precision wants them: in TF32 for tf32, else exact."""
+    """Products and convolutions of float32 as a precision wants them: in TF32 for tf32, else exact."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32  # the older of PyTorch's two settings sets both; the newer alone breaks the compiler
     matmul.allow_tf32 = precision == "tf32"
     try:
-        yield
+        with tf32_as_in_products():
+            yield
     finally:
         matmul.allow_tf32 = before
 

@@ -175,11 +175,11 @@ def _tune(visit: Visit) -> list[Command]:
 
 
 STEPS = {
-    "environment": Step(0.04, _environment, 9),
+    "environment": Step(0.06, _environment, 9),
     "check": Step(0.12, _check, 3),
     "kernel-tests": Step(0.24, _kernel_tests, 4),
     "model-tests": Step(0.14, _model_tests, 4),
-    "sanitize": Step(0.10, _sanitize, 3),
+    "sanitize": Step(0.18, _sanitize, 3),
     "models": Step(0.16, _models, 9),
     "kernels": Step(0.08, _kernels, 4),
     "overhead": Step(0.02, _overhead, 2),

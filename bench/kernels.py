@@ -69,7 +69,7 @@ COLUMNS = (
 )  # fmt: skip
 COMPOSITIONS = {"tables": None} | {name: choose_forms(forms) for name, forms in FORMS.items()}
 GOAL = 0.6  # of its floor, that a kernel should reach
-COMPILE_WAIT = 180.0  # seconds for all kernels
+COMPILE_WAIT = 180.0  # seconds for all kernels, at most
 NOT_ENOUGH = 20.0  # seconds that must be left to compile the definition of another kernel
 
 
@@ -134,8 +134,8 @@ def problem_of(error: Exception) -> str:
     return in_a_line(error, Wrong)[:200]
 
 
-def compile_all(cases: Iterable[Case], arch: str, pool: Pool | None) -> None:
-    """Fill Triton's cache in many processes at once: compiling is most of the time of a first run."""
+def compile_all(cases: Iterable[Case], arch: str, pool: Pool | None, seconds: float) -> None:
+    """Fill Triton's cache in many processes at once, for so long: compiling is most of the time of a first run."""
     if pool is None or arch not in ARCHS:
         return
     jobs = {}
@@ -144,7 +144,7 @@ def compile_all(cases: Iterable[Case], arch: str, pool: Pool | None) -> None:
             job = job_of(case.launch, arch, case.precision)
         jobs[job.key] = job
     with suppress(multiprocessing.TimeoutError):  # a pool whose worker died never ends; a launch compiles what is left
-        pool.map_async(compile_ahead, jobs.values(), chunksize=1).get(COMPILE_WAIT)
+        pool.map_async(compile_ahead, jobs.values(), chunksize=1).get(seconds)
 
 
 @contextmanager
@@ -238,7 +238,8 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[[torch.device], T
     output = options.output or written
     cases = find_cases(models, batch, options.dtypes, arch, options.kernels, options.forms)
     with compilers(device) as pool:
-        compile_all([case for _, case in cases], arch, pool)
+        left = deadline - time.monotonic()
+        compile_all([case for _, case in cases], arch, pool, max(0.0, min(COMPILE_WAIT, left / 2)))
     peaks = Peaks(math.inf, {}) if options.check_only else measure_peaks(device, options.dtypes, timer)
     wanted = Options(device, timer, eager=options.eager, check_only=options.check_only)
     rows: list[dict] = []

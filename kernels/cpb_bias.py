@@ -55,7 +55,8 @@ def _offsets_kernel(
         w_row = tl.load(fc1_weight + 2 * unit, mask=inside, other=0.0).to(tl.float32)
         w_column = tl.load(fc1_weight + 2 * unit + 1, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(fc1_bias + unit, mask=inside, other=0.0).to(tl.float32)
-        hidden = tl.maximum(row[:, None] * w_row[None, :] + column[:, None] * w_column[None, :] + b[None, :], 0.0)
+        hidden = row[:, None] * w_row[None, :] + column[:, None] * w_column[None, :] + b[None, :]
+        hidden = tl.maximum(hidden, 0.0, propagate_nan=ALL)
         w = tl.load(fc2_weight + head * HIDDEN + unit, mask=inside, other=0.0).to(tl.float32)
         acc += tl.sum(hidden * w[None, :], axis=1)
     acc += tl.load(fc2_bias + head).to(tl.float32)

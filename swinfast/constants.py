@@ -1,10 +1,11 @@
 """Small tensors that depend on sizes and settings alone, such as index tensors: made once and kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from torch._guards import detect_fake_mode
 
 T = TypeVar("T")
@@ -25,3 +26,8 @@ def constant(function: Callable[..., T]) -> Callable[..., T]:
             return cached(*args)
 
     return call
+
+
+def vector(values: Sequence[float], device: torch.device) -> Tensor:
+    """[len(values)] float32, written on the device: a CUDA graph can't capture a copy from the host."""
+    return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .benchmark import PeakMemory, Timing, compare, copies_beyond_cache, rotating
 from .errors import in_a_line
 from .optimize import optimize
-from .verify import ABSOLUTE, FACTOR, verify
+from .verify import ABSOLUTE, FACTOR, tf32_as_in_products, verify
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -127,6 +127,7 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
     return embed.proj.in_channels, *embed.img_size
 
 
+@tf32_as_in_products()
 def measure(
     plain: nn.Module, engines: Sequence[Engine], dtype: torch.dtype, batch: int, device: torch.device, rounds: int = 10
 ) -> Comparison:

@@ -22,6 +22,8 @@ from .errors import in_a_line
 KEPT = 8  # graphs of one module; the one that was not used for the longest is dropped
 REMEMBERED = 64  # signatures seen once
 _capturing = threading.Lock()  # one capture at a time
+# One replay at a time on a stream, since all its graphs share their memory: by device and stream.
+_turns: dict[tuple[torch.device, int], threading.Lock] = {}
 
 
 class Graph(NamedTuple):
@@ -72,15 +74,17 @@ class Graphs:
             compute: What is captured.
             plain: The same without a graph.
         """
-        key = (x.shape, x.dtype, stream_of(x.device), kind)
+        stream = x.device, stream_of(x.device)
+        key = (x.shape, x.dtype, stream, kind)
         with self._lock:
             if key in self._graphs or key in self._seen:
                 tables = reads()
                 graph = self._find(key, tables) or self._capture(key, x, tables, compute)
                 if graph is not None:
-                    graph.input.copy_(x)
-                    graph.replay()
-                    return graph.output.clone()
+                    with _turns.setdefault(stream, threading.Lock()):
+                        graph.input.copy_(x)
+                        graph.replay()
+                        return graph.output.clone()
         out = plain()
         with self._lock:  # a size that is seen once may never come again, so the second sight is captured
             self._seen[key] = None
@@ -128,8 +132,13 @@ def capture(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callab
     key = device, stream_of(device)
     pool = _pools.get(key) or Pool(device)
     _pools[key] = pool
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool.handle, stream=_side_stream(device), capture_error_mode="thread_local"):
+    graph, side = torch.cuda.CUDAGraph(), _side_stream(device)
+    # a capture that fails at its end leaves its stream the current one: the stream around it comes back from there
+    with (
+        torch.cuda.device(device),
+        torch.cuda.stream(torch.cuda.current_stream(device)),
+        torch.cuda.graph(graph, pool=pool.handle, stream=side, capture_error_mode="thread_local"),
+    ):
         output = compute()
     return partial(_replay, graph, pool), output
 

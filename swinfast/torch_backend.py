@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cpu_attention, window_order
-from .constants import constant
+from .constants import constant, vector
 from .cpu_attention import ExponentTable, Scratch
 from .reference.ops import MASK_VALUE, MAX_LOGIT_SCALE, NORM_EPS
 from .specs import BlockSpec, ImageScale, MergeSpec, PatchEmbedSpec, Size, StageSpec
@@ -154,7 +154,7 @@ def normalise(images: Tensor, image_scale: ImageScale | None, dtype: torch.dtype
 
 @constant
 def _mean_and_std(image_scale: ImageScale, device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(torch.tensor(values, device=device)[:, None, None] for values in image_scale)
+    return tuple(vector(values, device)[:, None, None] for values in image_scale)
 
 
 def derive_stage(spec: StageSpec, traced: bool, autocast: torch.dtype | None) -> StageTables:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .autocast import without_autocast
-from .constants import constant
+from .constants import constant, vector
 from .kernels.configs import config
 from .kernels.launch import DTYPES, INTERPRETED, arch_of, precision_name
 from .kernels.patch_embed import IMAGE_DTYPES
@@ -108,8 +108,9 @@ def patch_embed(
 @constant
 def _scale_and_shift(image_scale: ImageScale, device: torch.device) -> tuple[Tensor, Tensor]:
     """Factor and summand that normalise uint8 pixels."""
-    mean, std = (torch.tensor(values, dtype=torch.float64) for values in image_scale)
-    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
+    scales = [(1 / (255 * std), -mean / std) for mean, std in zip(*image_scale, strict=True)]
+    scale, shift = (vector(values, device) for values in zip(*scales, strict=True))
+    return scale, shift
 
 
 def derive_stage(spec: StageSpec, traced: bool, autocast: torch.dtype | None) -> StageTables:

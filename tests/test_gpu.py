@@ -136,6 +136,22 @@ def test_captured_by_the_caller(timm):
         assert relative_rms(out, model(images * 0.5)) <= 1e-4
 
 
+def test_pixels_captured_by_the_caller(timm):
+    """uint8 images need their mean and std on the GPU, where a capture allows no copy from the host."""
+    model, images = make(timm)
+    fast = swinfast.optimize(model, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    static = (images * 50 + 128).clamp(0, 255).to(torch.uint8)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            expected = fast(static)
+            torch.cuda.current_stream().synchronize()
+        with torch.cuda.graph(graph):
+            out = fast(static)
+        graph.replay()
+        assert relative_rms(out, expected) <= 1e-4
+
+
 def test_captured_by_the_caller_without_tables(timm):
     """Tables that are not there yet become a part of that graph, and of nothing else."""
     model, images = make(timm)

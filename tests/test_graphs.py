@@ -5,7 +5,8 @@ take the PyTorch backend for one that may be captured: Triton's interpreter is s
 import copy
 import pickle
 import threading
-from contextlib import nullcontext
+import time
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -252,6 +253,35 @@ def test_threads_on_one_stream(model, captures):
     )
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="which memory graphs share is PyTorch's choice")
+def test_modules_on_one_stream_take_turns(captures, monkeypatch):
+    """The graphs of a stream share their memory: at worst one module's replay writes where another's output lies."""
+    memory = torch.empty(1, 1, 4, 4)
+
+    def capture(compute, device):
+        def replay():
+            memory.copy_(compute())
+            time.sleep(1e-4)  # for another thread to come in
+
+        return replay, memory
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    wrong = []
+
+    def work(value):
+        module, x = graphs.Graphs(), torch.full((1, 1, 4, 4), float(value))
+        for _ in range(50):
+            out = module.run(x, "kind", lambda: (), lambda reads, x: x + 1, lambda: x + 1)
+            wrong.extend([] if torch.equal(out, x + 1) else [out])
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
 def test_modes(model, captures):
     """A graph that one mode captured serves the others."""
     for first in (torch.inference_mode, torch.no_grad, nullcontext):
@@ -415,7 +445,8 @@ def test_graphs_of_a_stream_share_a_pool_that_dies_with_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    for name in ("device", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: nullcontext())
     monkeypatch.setattr(graphs, "_side_stream", lambda device: None)
     stream = 0
     monkeypatch.setattr(graphs, "stream_of", lambda device: stream)
@@ -429,3 +460,36 @@ def test_graphs_of_a_stream_share_a_pool_that_dies_with_them(monkeypatch):
     stream = 0
     kept.append(graphs.capture(lambda: None, device))
     assert pools[3] not in pools[:3]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a capture that is broken at its end may break those after it")
+def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch):
+    """torch.cuda.graph ends the capture before it goes back to the caller's stream, which an error there prevents."""
+    current = ["the caller's"]
+
+    @contextmanager
+    def stream(one):
+        before = list(current)
+        current[:] = [one]
+        try:
+            yield
+        finally:
+            current[:] = before
+
+    @contextmanager
+    def graph(graph, pool, stream, capture_error_mode):
+        current[:] = [stream]
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(graphs, "_side_stream", lambda device: "the side stream")
+    monkeypatch.setattr(graphs, "stream_of", lambda device: 0)
+    with pytest.raises(RuntimeError, match="previous error"):
+        graphs.capture(lambda: None, torch.device("cuda:0"))
+    assert current == ["the caller's"]

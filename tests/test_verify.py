@@ -177,3 +177,27 @@ def test_wrong_arguments(model):
     fast.reset_classifier(0)
     with pytest.raises(ValueError, match="different parameters"):
         swinfast.verify(model, fast, IMAGES)
+
+
+@pytest.fixture
+def settings():
+    """PyTorch's for TF32, as they are when nobody touches them; put back as conftest has them."""
+    torch.backends.cudnn.allow_tf32 = True
+    yield torch.backends
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.mark.parametrize("products", [False, True], ids=["exact products", "TF32 products"])
+def test_convolutions_are_as_exact_as_products(model, settings, products):
+    """On a GPU they are in TF32 by default, and errors of 1e-3 would be the bar of a float32 model."""
+    settings.cuda.matmul.allow_tf32, seen = products, []
+    model.patch_embed.proj.register_forward_pre_hook(lambda *_: seen.append(settings.cudnn.allow_tf32))
+    assert swinfast.verify(model, model, IMAGES).passed
+    assert seen and set(seen) == {products}
+    assert settings.cudnn.allow_tf32
+
+
+def test_convolutions_that_were_set_by_the_newer_name_stay(model, settings):
+    settings.cudnn.conv.fp32_precision = "ieee"
+    assert swinfast.verify(model, model, IMAGES).passed
+    assert settings.cudnn.conv.fp32_precision == "ieee"
