@@ -76,6 +76,8 @@ def find_jobs(archs: Sequence[str], precisions: Sequence[str], variants: Sequenc
     for arch in archs:
         for precision in precisions:
             for launched in launches(arch, precision, variants):
+                if launched.kernel is None:  # PyTorch's library computes it
+                    continue
                 job = job_of(launched, arch, precision)
                 jobs.setdefault(job.key, job)
     return list(jobs.values())

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import cdiv, columns, config, power_of_two
+from .configs import cdiv, config, power_of_two, row_tiles
 from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
 from .tiles import add_rows, add_vector, dot, layer_norm, load_rows, load_transposed, store_rows, zeros
 from .window_attention import check_table, reciprocal_length, softmax_scale, window_tokens
@@ -178,7 +178,6 @@ def attention_block(
         tokens=size,
         stream_bytes=x.element_size(),
     )
-    tile, count = columns(channels)
     out = torch.empty_like(x)
     windows_h, windows_w = cdiv(height, window_size[0]), cdiv(width, window_size[1])
     launch(
@@ -195,10 +194,8 @@ def attention_block(
         PADDED=bool(height % window_size[0] or width % window_size[1]),
         SLOTS=size,
         BLOCK_D=max(16, power_of_two(channels // heads)),
-        TILE=tile,
-        COUNT=count,
         PRECISION=precision(qkv_weight.dtype),
         config=chosen,
-        **chosen.blocks,
+        **chosen.blocks | row_tiles(chosen, channels),
     )
     return out

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).with_name("configs")
+MANY = 1 << 31  # rows
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 
 
@@ -117,6 +118,21 @@ def columns(channels: int, largest: int = 4096) -> tuple[int, int]:
     96 * 2^k channels are three tiles with nothing wasted.
     """
     return _columns(int(channels), largest)
+
+
+def at_most(rows: int) -> int:
+    """A number of rows as tables are asked for it: rounded up, so that few different ones are."""
+    # while a model is traced for any batch size it is a symbol, and a configuration for that is one for many rows
+    return power_of_two(max(1, rows)) if isinstance(rows, int) else MANY
+
+
+def row_tiles(chosen: Config, channels: int) -> dict[str, int]:
+    """TILE and COUNT of a kernel that holds whole rows: those of columns(), or tiles of the size that a row names."""
+    tile, count = columns(channels)
+    if "TILE" in chosen.blocks:
+        tile = chosen.blocks["TILE"]
+        count = cdiv(channels, tile)
+    return {"TILE": tile, "COUNT": count}
 
 
 @cache

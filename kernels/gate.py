@@ -70,7 +70,7 @@ class Job(NamedTuple):
 
     @property
     def kernel(self) -> str:
-        """linear, patch_merging, …, and cpb_bias.table for a module of several kernels."""
+        """linear, merge_norm, …, and cpb_bias.table for a module of several kernels."""
         module = self.module.rpartition(".")[2]
         part = self.function.removeprefix("_").removesuffix("_kernel")
         return module if part == module else f"{module}.{part}"

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Config
 
@@ -28,7 +29,7 @@ _LIBRARY = torch.library.Library("swinfast", "FRAGMENT")
 
 
 class Launch(NamedTuple):
-    """One launch as ``record`` keeps it."""
+    """One launch as ``record`` keeps it; a call of PyTorch's own library has no kernel and no programs."""
 
     kernel: Any
     programs: int
@@ -70,7 +71,7 @@ def _arch(device: torch.device) -> str:
 
 def launch(kernel: Any, programs: int, *args: Any, config: Config, **constants: Any) -> None:
     """Launch a kernel in a row of programs. The first of args is a tensor, the constants are its constexprs."""
-    tensor = args[0]
+    tensor = args[0].base if isinstance(args[0], TensorDescriptor) else args[0]
     if tensor.is_meta or isinstance(tensor, FakeTensor):
         if _recording is not None:
             _recording.append(Launch(kernel, programs, args, constants, config))
@@ -87,10 +88,39 @@ def launch(kernel: Any, programs: int, *args: Any, config: Config, **constants: 
         kernel[(programs,)](*args, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
+def can_be_described(*tensors: Tensor) -> bool:
+    """Whether a GPU's copy engine takes the tensors: rows of whole 16 bytes, the first on a boundary of them."""
+    rows_fit = all(t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
+    return rows_fit and all(isinstance(t, FakeTensor) or t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def described(tensor: Tensor, block: list[int]) -> TensorDescriptor | Tensor:
+    """What a kernel loads or stores blocks of a matrix by, in place of pointers."""
+    return tensor if isinstance(tensor, FakeTensor) else TensorDescriptor.from_tensor(tensor, block)
+
+
+@functools.lru_cache
+def units(device: torch.device) -> int:
+    """The multiprocessors of a GPU; an H100's where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def left_to_pytorch(*args: Any, config: Config, **constants: Any) -> None:
+    """Note, where launches are recorded, that PyTorch's own library computes this one."""
+    if _recording is not None and args[0].is_meta:
+        _recording.append(Launch(None, 0, args, constants, config))
+
+
 def precision(dtype: torch.dtype) -> str:
     """How a product of two tiles is computed: TF32 for float32 where PyTorch's own setting allows it."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
+
+
+def precision_of_few(dtype: torch.dtype, device: torch.device) -> str:
+    """How a product over so few channels is computed that PyTorch's own is not in TF32 either: as exact as float32."""
+    in_three_parts = precision(dtype) == "tf32" and arch_of(device).startswith("sm_")  # which Triton has for NVIDIA's
+    return "tf32x3" if in_three_parts else "ieee"
 
 
 def precision_name(dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
     x [rows, K], W [N, K] as torch.nn.Linear keeps it, b [N] or None, y [rows, N]; sums in float32.
 
 GELU is the exact (erf) form in float32 and within an eighth of a rounding of it in 16 bits (tiles.gelu).
+Where the tables say so, PyTorch's own library (cuBLAS, …) computes it, or programs that stay and go from tile to tile.
 Definition: reference.ops.linear.
 """
 
@@ -10,9 +11,24 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from .configs import cdiv, config
-from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
+from .configs import at_most, cdiv, config
+from .launch import (
+    arch_of,
+    can_be_described,
+    check,
+    check_rows,
+    check_vectors,
+    check_weight,
+    described,
+    launch,
+    left_to_pytorch,
+    operator,
+    precision,
+    precision_name,
+    units,
+)
 from .tiles import dot, gelu, load_transposed
 
 
@@ -57,6 +73,44 @@ def _linear_kernel(
     tl.store(out_rows + column[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (column < N)[None, :])
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _persistent_linear_kernel(
+    x,  # descriptor of [rows, K]
+    weight,  # descriptor of [N, K]
+    bias,  # [N]
+    out,  # descriptor of [rows, N], for half a tile
+    rows,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Programs that go from tile to tile: the loads of the next are under way while one gets its GELU and is stored."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tiles = tl.cdiv(rows, BLOCK_M) * blocks_n
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        row = tile // blocks_n * BLOCK_M
+        column = tile % blocks_n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            acc = dot(x.load([row, k]), tl.trans(weight.load([column, k])), acc, PRECISION)
+        halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        for i in tl.static_range(2):
+            start = column + i * HALF
+            y = halves[i]
+            if HAS_BIAS:
+                place = start + tl.arange(0, HALF)
+                y += tl.load(bias + place, mask=place < N, other=0.0).to(tl.float32)[None, :]
+            if GELU:
+                y = gelu(y, False)
+            out.store([row, start], y.to(out.dtype))
+
+
 @operator
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """x W^T + b, then GELU where asked for.
@@ -79,12 +133,44 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     check_vectors(columns, weight, bias=bias)
     rows = x.numel() // k
     check_rows("x", rows)
+    chosen = config(
+        "linear",
+        arch_of(x.device),
+        precision_name(weight.dtype),
+        k=k,
+        n=columns,
+        gelu=int(gelu),
+        rows=at_most(rows),
+    )
+    if chosen.blocks.get("use") == "library":
+        out = F.linear(x.to(weight.dtype), weight, bias)
+        left_to_pytorch(x, weight, bias, out, config=chosen, rows=rows, N=columns, K=k)
+        return F.gelu(out) if gelu else out
     out = torch.empty((*x.shape[:-1], columns), dtype=weight.dtype, device=x.device)
-    chosen = config("linear", arch_of(x.device), precision_name(weight.dtype), k=k, n=columns)
-    block_m, block_n = chosen.blocks["BLOCK_M"], chosen.blocks["BLOCK_N"]
+    block_m, block_n, block_k = (chosen.blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    tiles = cdiv(rows, block_m) * cdiv(columns, block_n)
+    blocks = {name: size for name, size in chosen.blocks.items() if name != "PER_UNIT"}
+    if "PER_UNIT" in chosen.blocks and out.numel() and x.dtype == weight.dtype and can_be_described(x, weight, out):
+        launch(
+            _persistent_linear_kernel,
+            min(tiles, chosen.blocks["PER_UNIT"] * units(x.device)),
+            described(x.view(rows, k), [block_m, block_k]),
+            described(weight, [block_n, block_k]),
+            weight if bias is None else bias,
+            described(out.view(rows, columns), [block_m, block_n // 2]),
+            rows,
+            N=columns,
+            K=k,
+            HAS_BIAS=bias is not None,
+            GELU=gelu,
+            PRECISION=precision(weight.dtype),
+            config=chosen,
+            **blocks,
+        )
+        return out
     launch(
         _linear_kernel,
-        cdiv(rows, block_m) * cdiv(columns, block_n),
+        tiles,
         *(x, weight, weight if bias is None else bias, out, rows),
         N=columns,
         K=k,
@@ -93,6 +179,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
         EXACT_GELU=weight.dtype == torch.float32,
         PRECISION=precision(weight.dtype),
         config=chosen,
-        **chosen.blocks,
+        **blocks,
     )
     return out

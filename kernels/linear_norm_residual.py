@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import cdiv, columns, config
+from .configs import at_most, cdiv, config, row_tiles
 from .launch import (
     arch_of,
     check,
@@ -122,8 +122,8 @@ def linear_norm_residual(
         channels=channels,
         k=k,
         stream_bytes=residual.element_size(),
+        rows=at_most(rows),
     )
-    tile, count = columns(channels)
     launch(
         _linear_norm_residual_kernel,
         cdiv(rows, chosen.blocks["BLOCK_M"]),
@@ -132,11 +132,9 @@ def linear_norm_residual(
         *(out, rows, eps, extra_eps),
         C=channels,
         K=k,
-        TILE=tile,
-        COUNT=count,
         EXTRA_NORM=has_extra,
         PRECISION=precision(weight.dtype),
         config=chosen,
-        **chosen.blocks,
+        **chosen.blocks | row_tiles(chosen, channels),
     )
     return out

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import cdiv, columns, config
+from .configs import at_most, cdiv, config, row_tiles
 from .launch import (
     arch_of,
     check,
@@ -129,8 +129,8 @@ def mlp_block(
         precision_name(fc1_weight.dtype),
         channels=channels,
         stream_bytes=x.element_size(),
+        rows=at_most(rows),
     )
-    tile, count = columns(channels)
     launch(
         _mlp_block_kernel,
         cdiv(rows, chosen.blocks["BLOCK_M"]),
@@ -139,12 +139,10 @@ def mlp_block(
         *(out, rows, eps, extra_eps),
         C=channels,
         HIDDEN=hidden,
-        TILE=tile,
-        COUNT=count,
         EXTRA_NORM=has_extra,
         EXACT_GELU=fc1_weight.dtype == torch.float32,
         PRECISION=precision(fc1_weight.dtype),
         config=chosen,
-        **chosen.blocks,
+        **chosen.blocks | row_tiles(chosen, channels),
     )
     return out

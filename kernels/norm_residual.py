@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import cdiv, columns, config
+from .configs import at_most, cdiv, columns, config
 from .launch import (
     arch_of,
     check,
@@ -95,7 +95,7 @@ def norm_residual(
     rows = x.numel() // channels
     check_rows("x", rows)
     out = torch.empty_like(residual)
-    chosen = config("norm_residual", arch_of(x.device), precision_name(x.dtype), channels=channels)
+    chosen = config("norm_residual", arch_of(x.device), precision_name(x.dtype), channels=channels, rows=at_most(rows))
     tile, count = columns(channels)
     launch(
         _norm_residual_kernel,

@@ -12,8 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import cdiv, columns, config
-from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
+from .configs import at_most, cdiv, columns, config
+from .launch import (
+    arch_of,
+    check,
+    check_rows,
+    check_vectors,
+    check_weight,
+    launch,
+    operator,
+    precision_name,
+    precision_of_few,
+)
 from .tiles import add_vector, dot, layer_norm, load_transposed, store_rows, zeros
 
 IMAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
@@ -132,7 +142,8 @@ def patch_embed(
     rows, k = batch * patches_h * patches_w, in_chans * patch_h * patch_w
     check_rows("images", rows)
     out = torch.empty((batch, patches_h, patches_w, channels), dtype=stream.dtype, device=weight.device)
-    chosen = config("patch_embed", arch_of(weight.device), precision_name(weight.dtype), channels=channels, k=k)
+    name = precision_name(weight.dtype)
+    chosen = config("patch_embed", arch_of(weight.device), name, channels=channels, k=k, rows=at_most(rows))
     tile, count = columns(channels)
     launch(
         _patch_embed_kernel,
@@ -151,7 +162,7 @@ def patch_embed(
         NORM=norm_weight is not None,
         TILE=tile,
         COUNT=count,
-        PRECISION=precision(weight.dtype),
+        PRECISION=precision_of_few(weight.dtype, weight.device),
         config=chosen,
         **chosen.blocks,
     )

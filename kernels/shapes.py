@@ -14,6 +14,7 @@ VARIANTS = {"tiny": 96, "small": 96, "base": 128, "large": 192}  # channels of t
 IMAGE_SIZES = (224, 256, 384)
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 HEAD_DIM = 32
+BATCHES = (2, 512)  # few rows and many: tables choose by their number
 BIAS_MLP_HIDDEN = 384
 PADDED_VARIANT = "tiny"  # maps that are no whole number of windows: images of other sizes
 
@@ -25,11 +26,12 @@ def launches(arch: str, precision: str, variants: Sequence[str] = tuple(VARIANTS
         # under autocast products are 16-bit and the residual stream, between them, is float32
         for stream in dict.fromkeys((torch.float32, dtype)):
             for channels in dict.fromkeys(VARIANTS[variant] for variant in variants):
-                _patch_embed(channels, dtype, stream)
-                for window in (size // 32 for size in IMAGE_SIZES):
-                    _stages(channels, window, dtype, stream, padding=0)
-                    if channels == VARIANTS[PADDED_VARIANT]:
-                        _stages(channels, window, dtype, stream, padding=1)
+                for batch in BATCHES:
+                    _patch_embed(batch, channels, dtype, stream)
+                    for window in (size // 32 for size in IMAGE_SIZES):
+                        _stages(batch, channels, window, dtype, stream, padding=0)
+                        if channels == VARIANTS[PADDED_VARIANT]:
+                            _stages(batch, channels, window, dtype, stream, padding=1)
         return recorded
 
 
@@ -55,26 +57,26 @@ def _linear(k: int, n: int, dtype: torch.dtype) -> Linear:
     return Linear(_empty(n, k, dtype=dtype), _empty(n, dtype=dtype))
 
 
-def _patch_embed(channels: int, dtype: torch.dtype, stream: torch.dtype) -> None:
+def _patch_embed(batch: int, channels: int, dtype: torch.dtype, stream: torch.dtype) -> None:
     """From images in the model's dtype, in float32, and from uint8 as decoders give it: planes, and pixel by pixel."""
     weight, bias = _empty(channels, 3, 4, 4, dtype=dtype), _empty(channels, dtype=dtype)
     for images_dtype in (dtype, torch.float32, torch.uint8):
         scaled = images_dtype == torch.uint8
         scale = [_empty(3, dtype=torch.float32)] * 2 if scaled else [None, None]
-        images = _empty(2, 3, 224, 224, dtype=images_dtype)
+        images = _empty(batch, 3, 224, 224, dtype=images_dtype)
         for layout in (images, images.contiguous(memory_format=torch.channels_last)) if scaled else (images,):
             patch_embed(layout, weight, bias, *_norm(channels, stream), *scale)
 
 
-def _stages(channels: int, window: int, dtype: torch.dtype, stream: torch.dtype, padding: int) -> None:
+def _stages(batch: int, channels: int, window: int, dtype: torch.dtype, stream: torch.dtype, padding: int) -> None:
     """Four stages; in each a block without shift, and one with a shift and a second norm."""
     for stage in range(4):
         side = window * (8 >> stage) + padding
         if stage:
             merge = Merge(_norm(4 * channels, stream), _empty(2 * channels, 4 * channels, dtype=dtype))
-            run_merge(merge, _empty(2, 2 * side, 2 * side, channels, dtype=stream))
+            run_merge(merge, _empty(batch, 2 * side, 2 * side, channels, dtype=stream))
             channels *= 2
-        x = _empty(2, side, side, channels, dtype=stream)
+        x = _empty(batch, side, side, channels, dtype=stream)
         for shift, second_norm in ((0, False), (window // 2 if side > window else 0, True)):
             run_blocks([_block(channels, window, shift, second_norm, dtype, stream)], x)
 

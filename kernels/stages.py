@@ -4,6 +4,8 @@
     mlp_half:       "mlp_block", or "linear" for fc1 with GELU and fc2 after it
     projection, mlp_output: "linear_norm_residual", or "linear" with norm_residual after it
 
+All but the first, which decides how the table of position biases is laid out, also depend on the number of rows.
+
 Weights come as named tuples in one dtype; where they are from is the caller's business.
 """
 
@@ -14,14 +16,14 @@ import torch
 from torch import Tensor
 
 from .attention_block import attention_block, slots
-from .configs import config
+from .configs import MANY, at_most, config
 from .cpb_bias import cpb_bias
 from .launch import arch_of, precision_name
 from .linear import linear
 from .linear_norm_residual import linear_norm_residual
+from .merge_norm import merge_norm
 from .mlp_block import mlp_block
 from .norm_residual import norm_residual
-from .patch_merging import patch_merging
 from .window_attention import padded_size, window_attention
 
 Size = tuple[int, int]
@@ -71,7 +73,7 @@ class Block(NamedTuple):
 
     window_size: Size
     shift_size: Size
-    forms: Forms
+    forms: Forms  # for many rows
     table: Tensor  # of position biases, see bias_table
     logit_scale: Tensor  # [heads]
     qkv: Linear
@@ -84,11 +86,14 @@ class Block(NamedTuple):
 
 
 @torch.compiler.assume_constant_result
-def forms_of(channels: int, window_size: Size, dtype: torch.dtype, device: torch.device) -> Forms:
+def forms_of(channels: int, window_size: Size, dtype: torch.dtype, device: torch.device, rows: int = MANY) -> Forms:
     """Which operations make up a block, by the tables."""
     arch, precision, tokens = arch_of(device), precision_name(dtype), window_size[0] * window_size[1]
-    parts = {part: config(part, arch, precision, channels=channels, tokens=tokens) for part in Forms._fields}
-    return Forms(**{part: chosen.blocks["use"] for part, chosen in parts.items()})
+
+    def use(part: str, **more: int) -> str:
+        return config(part, arch, precision, channels=channels, tokens=tokens, **more).blocks["use"]
+
+    return Forms(use("attention_half"), *(use(part, rows=rows) for part in Forms._fields[1:]))
 
 
 def bias_table(
@@ -113,13 +118,22 @@ def run_blocks(blocks: Sequence[Block], x: Tensor) -> Tensor:
     Here and below a name is bound anew where its tensor is not needed any more: that is what frees its memory.
     """
     for block in blocks:
-        x = _attention_half(block, x)
-        x = _mlp_half(block, x)
+        forms = _forms(block, x)
+        x = _attention_half(block, forms, x)
+        x = _mlp_half(block, forms, x)
     return x
 
 
-def _attention_half(block: Block, x: Tensor) -> Tensor:
-    window, shift, forms = list(block.window_size), list(block.shift_size), block.forms
+def _forms(block: Block, x: Tensor) -> Forms:
+    """How a block is computed for as many rows as x has; in a graph, that may be for any number, for many."""
+    if torch.compiler.is_compiling():
+        return block.forms
+    channels = x.shape[-1]
+    return forms_of(channels, block.window_size, block.qkv.weight.dtype, x.device, at_most(x.numel() // channels))
+
+
+def _attention_half(block: Block, forms: Forms, x: Tensor) -> Tensor:
+    window, shift = list(block.window_size), list(block.shift_size)
     if forms.attention_half == "attention_block":
         return attention_block(
             x, *block.qkv, block.logit_scale, block.table, *block.proj, *block.norm1, window, shift
@@ -129,8 +143,7 @@ def _attention_half(block: Block, x: Tensor) -> Tensor:
     return _linear_norm_residual(forms.projection, y, block.proj, block.norm1, x, None)
 
 
-def _mlp_half(block: Block, x: Tensor) -> Tensor:
-    forms = block.forms
+def _mlp_half(block: Block, forms: Forms, x: Tensor) -> Tensor:
     if forms.mlp_half == "mlp_block":
         return mlp_block(x, *block.fc1, *block.fc2, *block.norm2, *(block.norm3 or ()))
     y = linear(x, *block.fc1, gelu=True)
@@ -139,7 +152,7 @@ def _mlp_half(block: Block, x: Tensor) -> Tensor:
 
 def run_merge(merge: Merge, x: Tensor) -> Tensor:
     """Patch merging. [B, H, W, C], contiguous, to [B, ceil(H / 2), ceil(W / 2), 2C]."""
-    return patch_merging(x, *merge.norm, merge.reduction)
+    return linear(merge_norm(x, *merge.norm), merge.reduction, None).to(x.dtype)
 
 
 def _linear_norm_residual(

@@ -17,11 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Config, cdiv, config, power_of_two
-from .launch import arch_of, check, check_rows, check_weight, launch, operator, precision, precision_name
+from .launch import arch_of, check, check_rows, check_weight, launch, operator, precision_name, precision_of_few
 from .tiles import dot
 
 LARGEST_HEAD_DIM = 64
 LARGEST_WINDOW = 576  # tokens
+ENOUGH_PROGRAMS = 1024  # several for every multiprocessor of a large GPU
 SMALLEST_LENGTH = tl.constexpr(1e-12)  # of q and k, as in torch.nn.functional.normalize
 LARGEST_LOGIT_SCALE = tl.constexpr(4.605170185988092)  # log(100)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -84,7 +85,7 @@ def _load_head(rows, bias, inside, token, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
     return x
 
 
-@triton.jit(do_not_specialize=["height", "width", "windows_h", "windows_w"])
+@triton.jit(do_not_specialize=["height", "width", "windows_h", "windows_w", "images"])
 def _window_attention_kernel(
     qkv,  # [B, H, W, 3C]
     qkv_bias,  # [3C]
@@ -95,6 +96,7 @@ def _window_attention_kernel(
     width,
     windows_h,
     windows_w,
+    images,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WINDOW_H: tl.constexpr,
@@ -109,6 +111,7 @@ def _window_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
+    IMAGES: tl.constexpr,
 ):
     C: tl.constexpr = HEADS * HEAD_DIM
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
@@ -119,69 +122,98 @@ def _window_attention_kernel(
     query_block = program % (QUERIES // BLOCK_M)
     program = program // (QUERIES // BLOCK_M)
     head = program % HEADS
-    window = program // HEADS
-    window_column = window % windows_w
-    window_row = (window // windows_w) % windows_h
-    image = window // windows_w // windows_h
+    place = program // HEADS % (windows_h * windows_w)
+    window_column = place % windows_w
+    window_row = place // windows_w
+    # the same window and head of several images: where its tokens lie and the table are found once
+    first = (program // HEADS // (windows_h * windows_w)) * IMAGES
 
-    qkv += image.to(tl.int64) * height * width * (3 * C) + head * HEAD_DIM
+    pixels = height.to(tl.int64) * width
+    qkv += first * pixels * (3 * C) + head * HEAD_DIM
+    out += first * pixels * C + head * HEAD_DIM
     qkv_bias += head * HEAD_DIM
     i = query_block * BLOCK_M + tl.arange(0, BLOCK_M)
     token, inside = window_tokens(
         i, window_row, window_column, height, width, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED
     )
-    q = _load_head(qkv + token.to(tl.int64) * (3 * C), qkv_bias, inside, i < TOKENS, HEAD_DIM, BLOCK_D, PADDED)
-    q_factor = reciprocal_length(q) * softmax_scale(tl.load(logit_scale + head))
+    token = token.to(tl.int64)
+    scale = softmax_scale(tl.load(logit_scale + head))
     table += (head * QUERIES + i)[:, None] * KEYS
     if SHIFT_H > 0 or SHIFT_W > 0:
         window_type = (window_row == windows_h - 1).to(tl.int32) + 2 * (window_column == windows_w - 1).to(tl.int32)
         table += window_type * (HEADS * QUERIES * KEYS)
-
-    logits, v = _logits(
-        0, q, q_factor, qkv, qkv_bias, table, window_row, window_column, height, width,
-        C, HEAD_DIM, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, BLOCK_D, PRECISION, FIRST,
-    )  # fmt: skip
-    largest = tl.max(logits, axis=1)
-    p = tl.exp2(logits - largest[:, None])
-    total = tl.sum(p, axis=1)
-    acc = dot(p.to(v.dtype), v, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
-    for start in range(FIRST, WHOLE, BLOCK_N):
-        logits, v = _logits(
-            start, q, q_factor, qkv, qkv_bias, table, window_row, window_column, height, width,
-            C, HEAD_DIM, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, BLOCK_D, PRECISION, BLOCK_N,
-        )  # fmt: skip
-        acc, total, largest = _accumulate(acc, total, largest, logits, v, PRECISION)
-    if WHOLE > 0 and TAIL > 0:
-        logits, v = _logits(
-            WHOLE, q, q_factor, qkv, qkv_bias, table, window_row, window_column, height, width,
-            C, HEAD_DIM, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, BLOCK_D, PRECISION, TAIL,
-        )  # fmt: skip
-        acc, total, largest = _accumulate(acc, total, largest, logits, v, PRECISION)
-    acc = acc / total[:, None]
-
     d = tl.arange(0, BLOCK_D)
-    rows = out + image.to(tl.int64) * height * width * C + token.to(tl.int64) * C + head * HEAD_DIM
-    tl.store(rows[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < HEAD_DIM)[None, :])
+    first_keys = _keys(
+        0, table, window_row, window_column, height, width,
+        C, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, FIRST,
+    )  # fmt: skip
+    for image in range(0, IMAGES):
+        present = first + image < images
+        there = inside & present
+        q = _load_head(qkv + token * (3 * C), qkv_bias, there, i < TOKENS, HEAD_DIM, BLOCK_D, PADDED)
+        q_factor = reciprocal_length(q) * scale
+        logits, v = _logits(
+            first_keys, q, q_factor, qkv, qkv_bias, present, C, HEAD_DIM, PADDED, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        largest = tl.max(logits, axis=1)
+        p = tl.exp2(logits - largest[:, None])
+        total = tl.sum(p, axis=1)
+        acc = dot(p.to(v.dtype), v, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
+        for start in range(FIRST, WHOLE, BLOCK_N):
+            keys = _keys(
+                start, table, window_row, window_column, height, width,
+                C, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, BLOCK_N,
+            )  # fmt: skip
+            logits, v = _logits(
+                keys, q, q_factor, qkv, qkv_bias, present, C, HEAD_DIM, PADDED, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            acc, total, largest = _accumulate(acc, total, largest, logits, v, PRECISION)
+        if WHOLE > 0 and TAIL > 0:
+            keys = _keys(
+                WHOLE, table, window_row, window_column, height, width,
+                C, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, TAIL,
+            )  # fmt: skip
+            logits, v = _logits(
+                keys, q, q_factor, qkv, qkv_bias, present, C, HEAD_DIM, PADDED, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            acc, total, largest = _accumulate(acc, total, largest, logits, v, PRECISION)
+        acc = acc / total[:, None]
+        tl.store(
+            (out + token * C)[:, None] + d[None, :],
+            acc.to(out.dtype.element_ty),
+            mask=there[:, None] & (d < HEAD_DIM)[None, :],
+        )
+        qkv += pixels * (3 * C)
+        out += pixels * C
 
 
 @triton.jit
-def _logits(
-    start, q, q_factor, qkv, qkv_bias, table, window_row, window_column, height, width,
-    C: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_H: tl.constexpr,
-    SHIFT_W: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+def _keys(
+    start, table, window_row, window_column, height, width,
+    C: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Logits of the queries and a block of keys in units of log2(e), and the values of the block."""
+    """A block of keys, whatever the image: offsets of their rows, which are in the map, in the window, and the bias."""
     j = start + tl.arange(0, BLOCK)
     token, inside = window_tokens(
         j, window_row, window_column, height, width, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED
     )
-    rows = qkv + token.to(tl.int64) * (3 * C)
-    slot = j < WINDOW_H * WINDOW_W
-    k = _load_head(rows + C, qkv_bias + C, inside, slot, HEAD_DIM, BLOCK_D, PADDED)
-    v = _load_head(rows + 2 * C, qkv_bias + 2 * C, inside, slot, HEAD_DIM, BLOCK_D, PADDED)
-    logits = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK), tl.float32), PRECISION)
+    return token.to(tl.int64) * (3 * C), inside, j < WINDOW_H * WINDOW_W, tl.load(table + j[None, :])
+
+
+@triton.jit
+def _logits(
+    keys, q, q_factor, qkv, qkv_bias, present,
+    C: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits of the queries and a block of keys in units of log2(e), and the values of the block."""
+    offset, inside, slot, bias = keys
+    there = inside & present
+    k = _load_head(qkv + C + offset, qkv_bias + C, there, slot, HEAD_DIM, BLOCK_D, PADDED)
+    v = _load_head(qkv + 2 * C + offset, qkv_bias + 2 * C, there, slot, HEAD_DIM, BLOCK_D, PADDED)
+    logits = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32), PRECISION)
     logits = logits * q_factor[:, None] * reciprocal_length(k)[None, :]
-    return logits + tl.load(table + j[None, :]).to(tl.float32), v
+    return logits + bias.to(tl.float32), v
 
 
 @triton.jit
@@ -192,6 +224,16 @@ def _accumulate(acc, total, largest, logits, v, PRECISION: tl.constexpr):
     p = tl.exp2(logits - new[:, None])
     total = total * shrink + tl.sum(p, axis=1)
     return dot(p.to(v.dtype), v, acc * shrink[:, None], PRECISION), total, new
+
+
+def images_at_once(largest: int, batch: int, programs: int) -> int:
+    """How many images a program goes through: a power of two, at most largest, that leaves enough programs."""
+    images = 1
+    if not (isinstance(batch, int) and isinstance(programs, int)):  # symbols, while a model is traced for any size
+        return images
+    while 2 * images <= largest and batch * programs >= 2 * images * ENOUGH_PROGRAMS:
+        images *= 2
+    return images
 
 
 def attention_config(
@@ -264,10 +306,12 @@ def window_attention(
     check_table(table, (types, heads, queries, keys), table_dtype, qkv.device)
     out = torch.empty((batch, height, width, channels), dtype=qkv.dtype, device=qkv.device)
     windows_h, windows_w = cdiv(height, window_size[0]), cdiv(width, window_size[1])
+    programs = windows_h * windows_w * heads * (queries // chosen.blocks["BLOCK_M"])
+    images = images_at_once(chosen.blocks.get("IMAGES", 1), batch, programs)
     launch(
         _window_attention_kernel,
-        batch * windows_h * windows_w * heads * (queries // chosen.blocks["BLOCK_M"]),
-        *(qkv, qkv_bias, logit_scale, table, out, height, width, windows_h, windows_w),
+        cdiv(batch, images) * programs,
+        *(qkv, qkv_bias, logit_scale, table, out, height, width, windows_h, windows_w, batch),
         HEADS=heads,
         HEAD_DIM=head_dim,
         WINDOW_H=window_size[0],
@@ -278,10 +322,10 @@ def window_attention(
         QUERIES=queries,
         KEYS=keys,
         BLOCK_D=max(16, power_of_two(head_dim)),
-        PRECISION=precision(qkv.dtype),
+        PRECISION=precision_of_few(qkv.dtype, qkv.device),
         TAIL=tail,
         config=chosen,
-        **chosen.blocks,
+        **chosen.blocks | {"IMAGES": images},
     )
     return out
 

@@ -219,23 +219,29 @@ def mlp_block(
     return linear_norm_residual(hidden, fc2_weight, fc2_bias, norm, x, extra_norm)
 
 
-def patch_merging(x: Tensor, norm: tuple[Tensor, Tensor, float], weight: Tensor) -> Tensor:
-    """Each 2x2 neighbourhood to one token: concatenate, LayerNorm, reduce.
+def merge_norm(x: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
+    """Each 2x2 neighbourhood to one token: concatenate, LayerNorm.
 
     Channels are concatenated as (column in the pair, row in the pair, C). Odd sizes are padded with zeros at the end.
 
     Args:
         x: [B, H, W, C].
         norm: LayerNorm over 4C as (weight, bias, eps).
-        weight: [2C, 4C].
 
     Returns:
-        [B, ceil(H / 2), ceil(W / 2), 2C].
+        [B, ceil(H / 2), ceil(W / 2), 4C].
     """
     x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
     x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, H/2, row, W/2, column, C]
-    x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)
-    return F.linear(_layer_norm(x, norm), weight)
+    return _layer_norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3), norm)
+
+
+def patch_merging(x: Tensor, norm: tuple[Tensor, Tensor, float], weight: Tensor) -> Tensor:
+    """Each 2x2 neighbourhood to one token: merge_norm, then the reduction by weight [2C, 4C].
+
+    [B, H, W, C] to [B, ceil(H / 2), ceil(W / 2), 2C].
+    """
+    return linear(merge_norm(x, norm), weight, None)
 
 
 def _layer_norm(x: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:

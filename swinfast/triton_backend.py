@@ -172,7 +172,7 @@ def describe(spec: PatchEmbedSpec | MergeSpec | BlockSpec, dtype: torch.dtype, d
         forms = forms_of(spec.qkv.in_features, spec.window, dtype, device)
         kernels = " + ".join(dict.fromkeys(forms.operations()))
     else:
-        kernels = "patch_embed" if isinstance(spec, PatchEmbedSpec) else "patch_merging"
+        kernels = "patch_embed" if isinstance(spec, PatchEmbedSpec) else "merge_norm + linear"
     return f"Triton, {arch_of(device)}, {str(dtype).removeprefix('torch.')}: {kernels}"
 
 

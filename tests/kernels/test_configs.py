@@ -15,9 +15,16 @@ BLOCKS = {
     "norm_residual": {"BLOCK_M"},
     "mlp_block": {"BLOCK_M", "BLOCK_HIDDEN"},
     "patch_embed": {"BLOCK_M", "BLOCK_K"},
-    "patch_merging": {"BLOCK_M", "BLOCK_N", "BLOCK_K"},
+    "merge_norm": {"BLOCK_M"},
     "window_attention": {"BLOCK_M", "BLOCK_N"},
     "attention_block": set(),
+}
+OPTIONAL = {  # and what has a value by default
+    "linear_norm_residual": {"TILE"},
+    "mlp_block": {"TILE"},
+    "attention_block": {"TILE"},
+    "window_attention": {"IMAGES"},
+    "linear": {"PER_UNIT"},
 }
 FORMS = {  # parts of a stage, and the kernels that can compute them
     "attention_half": {"attention_block", "window_attention"},
@@ -27,15 +34,16 @@ FORMS = {  # parts of a stage, and the kernels that can compute them
 }
 CHOICES = FORMS | {"launches": {"graph", "single"}}
 SHAPES = {  # what a kernel's rows are matched by
-    "linear": {"k", "n"},
-    "linear_norm_residual": {"channels", "k", "stream_bytes"},
-    "norm_residual": {"channels"},
-    "mlp_block": {"channels", "stream_bytes"},
-    "patch_embed": {"channels", "k"},
-    "patch_merging": {"channels"},
+    "linear": {"k", "n", "gelu", "rows"},
+    "linear_norm_residual": {"channels", "k", "stream_bytes", "rows"},
+    "norm_residual": {"channels", "rows"},
+    "mlp_block": {"channels", "stream_bytes", "rows"},
+    "patch_embed": {"channels", "k", "rows"},
+    "merge_norm": {"channels", "rows"},
     "window_attention": {"tokens", "block_d"},
     "attention_block": {"channels", "tokens", "stream_bytes"},
-    **{form: {"channels", "tokens"} for form in FORMS},
+    **{form: {"channels", "tokens", "rows"} for form in FORMS},
+    "attention_half": {"channels", "tokens"},
     "launches": {"elements"},
 }
 TABLES = {
@@ -83,15 +91,18 @@ def test_override():
         asked.append((kernel, shape))
         return wanted if kernel == "norm_residual" else None
 
-    usual = config("norm_residual", "sm_90", "float16", channels=96)
+    usual = config("norm_residual", "sm_90", "float16", channels=96, rows=64)
     with override(choose):
-        assert config("norm_residual", "sm_90", "float16", channels=96) is wanted
-        assert config("linear", "sm_90", "float16", k=96, n=96).source != "a test"
+        assert config("norm_residual", "sm_90", "float16", channels=96, rows=64) is wanted
+        assert config("linear", "sm_90", "float16", k=96, n=96, gelu=0, rows=64).source != "a test"
         with override(lambda kernel, shape: None):
-            assert config("norm_residual", "sm_90", "float16", channels=96) == usual
-        assert config("norm_residual", "sm_90", "float16", channels=96) is wanted
-    assert config("norm_residual", "sm_90", "float16", channels=96) == usual
-    assert asked[:2] == [("norm_residual", {"channels": 96}), ("linear", {"k": 96, "n": 96})]
+            assert config("norm_residual", "sm_90", "float16", channels=96, rows=64) == usual
+        assert config("norm_residual", "sm_90", "float16", channels=96, rows=64) is wanted
+    assert config("norm_residual", "sm_90", "float16", channels=96, rows=64) == usual
+    assert asked[:2] == [
+        ("norm_residual", {"channels": 96, "rows": 64}),
+        ("linear", {"k": 96, "n": 96, "gelu": 0, "rows": 64}),
+    ]
 
 
 def is_power_of_two(size: int) -> bool:
@@ -109,8 +120,11 @@ def test_tables(file):
         if row["kernel"] in CHOICES:
             assert row["blocks"].keys() == {"use"}, row
             assert row["blocks"]["use"] in CHOICES[row["kernel"]], row
+        elif row["kernel"] == "linear" and "use" in row["blocks"]:
+            assert row["blocks"] == {"use": "library"}, row
         else:
-            assert row["blocks"].keys() == BLOCKS[row["kernel"]], row
+            optional = OPTIONAL.get(row["kernel"], set())
+            assert row["blocks"].keys() - optional == BLOCKS[row["kernel"]], row
             assert all(is_power_of_two(size) for size in row["blocks"].values()), row
             assert row["num_warps"] in (1, 2, 4, 8, 16), row
             assert 1 <= row["num_stages"] <= 8, row

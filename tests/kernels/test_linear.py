@@ -1,5 +1,8 @@
 """linear: x W^T + b, with GELU and without."""
 
+from contextlib import contextmanager
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -23,8 +26,8 @@ from kernel_helpers import (
     odd_dtypes,
     run,
 )
+from swinfast.kernels import configs, launch, tiles
 from swinfast.kernels import linear as module
-from swinfast.kernels import tiles
 from swinfast.reference import ops
 
 CASES = {  # shape of x, columns, bias, GELU
@@ -59,6 +62,68 @@ def test_x_in_float32(dtype):
 def test_blocks(sizes):
     with blocks(**dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), sizes, strict=True))):
         check(module.linear, ops.linear, arguments(*CASES["tails"]), torch.float32)
+
+
+PERSISTENT = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "PER_UNIT": 1}
+DESCRIBED = {  # whole and cut tiles, more and fewer of them than programs
+    "tails": ((300, 48), 136, True, True),
+    "few": ((2, 3, 32), 64, True, False),
+    "no bias": ((70, 40), 24, False, True),
+}
+
+
+@contextmanager
+def two_programs():
+    """Persistent programs, so few of them that each has several tiles."""
+    with mock.patch.object(module, "units", lambda device: 2), blocks(**PERSISTENT):
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_persistent_programs(name, dtype):
+    with two_programs():
+        check(module.linear, ops.linear, arguments(*DESCRIBED[name], dtype), dtype)
+
+
+def test_what_no_descriptor_can_say_goes_without():
+    """Rows of no whole 16 bytes, memory that begins in between, another dtype, nothing at all."""
+    launched = []
+
+    def kernel(name, programs, *args, **constants):
+        launched.append(name)
+
+    with two_programs(), mock.patch.object(module, "launch", kernel):
+        for shape, columns, dtype in (((70, 44), 24, torch.float16), ((70, 48), 20, torch.float16)):
+            module.linear(*arguments(shape, columns, True, True, dtype).values())
+        args = arguments((70, 48), 24, True, True, torch.float16)
+        shifted = torch.empty(args["weight"].numel() + 1, dtype=torch.float16, device=DEVICE)[1:].view(24, 48)
+        module.linear(args["x"], shifted.copy_(args["weight"]), args["bias"], True)
+        module.linear(args["x"].float(), args["weight"], args["bias"], True)
+        assert launched == [module._linear_kernel] * 4
+        module.linear(*args.values())
+        assert launched[4:] == [module._persistent_linear_kernel]
+    with two_programs():
+        assert module.linear(args["x"][:0], args["weight"], args["bias"], True).shape == (0, 24)
+
+
+@each_dtype
+@pytest.mark.parametrize("name", CASES)
+def test_the_library(name, dtype):
+    with configs.override(lambda kernel, shape: configs.Config({"use": "library"}, 4, 1, "test")):
+        check(module.linear, ops.linear, arguments(*CASES[name], dtype), dtype)
+        test_x_in_float32(torch.float16)
+
+
+def test_what_the_library_computes_is_recorded():
+    x, weight, bias = (torch.empty(shape, device="meta", dtype=torch.float16) for shape in ((2, 3, 8), (4, 8), (4,)))
+    chosen = configs.Config({"use": "library"}, 4, 1, "test")
+    with configs.override(lambda kernel, shape: chosen), launch.record("sm_90") as launches:
+        out = module.linear(x, weight, bias)
+    assert out.shape == (2, 3, 4)
+    (one,) = launches
+    assert one.kernel is None and one.config is chosen
+    assert one.args[:3] == (x, weight, bias) and one.constants == {"rows": 6, "N": 4, "K": 8}
 
 
 @few_examples
@@ -111,6 +176,27 @@ MUTANTS = {
     "rows not masked": ("tails", module, "inside = row < rows", "inside = row < rows + 1"),
     "columns not masked": ("tails", module, "(column < N)[None, :])", "(column < N + 1)[None, :])"),
 }
+
+
+OF_PERSISTENT = {
+    "tiles skipped": ("tl.num_programs(0), flatten", "tl.num_programs(0) + 1, flatten"),
+    "rows of another tile": ("row = tile // blocks_n * BLOCK_M", "row = tile // (blocks_n + 1) * BLOCK_M"),
+    "columns of another tile": ("column = tile % blocks_n * BLOCK_N", "column = tile // blocks_n * BLOCK_N"),
+    "halves swapped": ("y = halves[i]", "y = halves[1 - i]"),
+    "columns of a half interleaved": ("(BLOCK_M, 2, HALF)), (0, 2, 1)", "(BLOCK_M, HALF, 2)), (0, 1, 2)"),
+    "bias of the first half": ("place = start + tl.arange", "place = column + tl.arange"),
+    "no bias": ("if HAS_BIAS:\n                place", "if False:\n                place"),
+    "no GELU": ("y = gelu(y, False)", "y = y"),
+    "K cut off": ("range(0, K, BLOCK_K):\n            acc", "range(0, K - BLOCK_K, BLOCK_K):\n            acc"),
+    "half stored": ("out.store([row, start]", "out.store([row, column]"),
+}
+
+
+@pytest.mark.parametrize("name", OF_PERSISTENT)
+def test_mutants_of_persistent_programs_fail(name, tmp_path):
+    wrong = mutant(tmp_path, module, module, *OF_PERSISTENT[name])
+    with mock.patch.object(wrong, "units", lambda device: 2), blocks(**PERSISTENT):
+        assert_fails(wrong.linear, ops.linear, arguments(*DESCRIBED["tails"], torch.float16), torch.float16)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

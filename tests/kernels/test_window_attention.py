@@ -1,6 +1,7 @@
 """window_attention: scaled cosine attention inside (shifted) windows of a map."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -114,6 +115,28 @@ def test_logit_scale_in_float32(dtype):
     check(module.window_attention, reference, args | {"logit_scale": args["logit_scale"].float()}, dtype)
 
 
+def several_images(dtype=torch.float32):
+    return arguments(5, (5, 6), (4, 3), (2, 1), 2, 8, dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("images", [2, 4, 8])
+def test_several_images_in_a_program(images, dtype):
+    """The last program has fewer of them; blocks of keys within each."""
+    with mock.patch.object(module, "ENOUGH_PROGRAMS", 1):
+        for sizes in ({"BLOCK_M": 16, "BLOCK_N": 16}, {"BLOCK_M": 32, "BLOCK_N": 32}):
+            with blocks(**sizes, IMAGES=images):
+                check(module.window_attention, reference, several_images(dtype), dtype)
+
+
+def test_images_in_a_program():
+    """As many as leave enough programs."""
+    most = module.ENOUGH_PROGRAMS
+    assert [module.images_at_once(8, 256, programs) for programs in (1, most // 128, most // 64, most)] == [1, 2, 4, 8]
+    assert module.images_at_once(8, 1, most) == 1
+    assert module.images_at_once(1, 256, most) == 1
+
+
 def test_runs_and_images_are_independent():
     args = arguments(3, (5, 6), (4, 3), (2, 1), 2, 8)
     assert_repeatable(module.window_attention, args)
@@ -149,7 +172,7 @@ def _one_more(x):
 
 # fmt: off
 MUTANTS = {
-    "no bias": ("no shift", "return logits + tl.load(table + j[None, :]).to(tl.float32), v", "return logits, v"),
+    "no bias": ("no shift", "return logits + bias.to(tl.float32), v", "return logits, v"),
     "bias transposed": ("8x8", "(head * QUERIES + i)[:, None] * KEYS", "head * QUERIES * KEYS + i[:, None]",
                         "table + j[None, :]", "table + j[None, :] * 64"),
     "bias of another head": ("no shift", "table += (head * QUERIES + i)", "table += (head // 2 * QUERIES + i)"),
@@ -169,17 +192,24 @@ MUTANTS = {
     "padded tokens zero": ("padded", "fill[None, :], x)", "0 * fill[None, :], x)"),
     "padded tokens of another head": ("padded", "qkv_bias += head * HEAD_DIM", "qkv_bias += 0"),
     "padded keys left out":
-        ("padded", "return logits + tl.load(table + j[None, :]).to(tl.float32), v",
-         "return tl.where(inside[None, :], logits + tl.load(table + j[None, :]), float('-inf')), v"),
+        ("padded", "return logits + bias.to(tl.float32), v",
+         "return tl.where(inside[None, :], logits + bias, float('-inf')), v"),
     "slots past the window not masked": ("no shift", "inside = i < WINDOW_H * WINDOW_W", "inside = i >= 0"),
     "head tail not masked": ("padded", "if HEAD_DIM < BLOCK_D:", "if False:"),
     "head tail stored":
-        ("columns shifted", "inside[:, None] & (d < HEAD_DIM)[None, :])", "inside[:, None] & (d >= 0))"),
+        ("columns shifted", "there[:, None] & (d < HEAD_DIM)[None, :]", "there[:, None] & (d >= 0)"),
     "last block of keys left out": ("no shift", "if WHOLE > 0 and TAIL > 0:", "if False:"),
     "middle blocks of keys left out": ("12x12", "range(FIRST, WHOLE, BLOCK_N)", "range(WHOLE, WHOLE, BLOCK_N)"),
     "sums not rescaled": ("12x12", "acc * shrink[:, None]", "acc"),
     "totals not rescaled": ("12x12", "total * shrink", "total"),
-    "k and v swapped": ("no shift", "rows + 2 * C, qkv_bias + 2 * C", "rows + C, qkv_bias + C"),
+    "k and v swapped": ("no shift", "qkv + 2 * C + offset, qkv_bias + 2 * C", "qkv + C + offset, qkv_bias + C"),
+}
+OF_SEVERAL_IMAGES = {
+    "images past the batch": ("first + image < images", "first + image < images + 1"),
+    "the first image again": ("        qkv += pixels * (3 * C)\n", ""),
+    "another image's place": ("        out += pixels * C\n", "        out += pixels * (C + 1)\n"),
+    "images skipped": ("(windows_h * windows_w)) * IMAGES", "(windows_h * windows_w)) * (IMAGES + 1)"),
+    "the last images left out": ("cdiv(batch, images) * programs", "batch // images * programs"),
 }
 # fmt: on
 
@@ -190,6 +220,13 @@ def test_mutants_fail(name, tmp_path):
     wrong = mutant(tmp_path, module, module, *snippets)
     with blocks(BLOCK_M=32, BLOCK_N=32):
         assert_fails(wrong.window_attention, reference, arguments(*CASES[case]))
+
+
+@pytest.mark.parametrize("name", OF_SEVERAL_IMAGES)
+def test_mutants_of_several_images_fail(name, tmp_path):
+    wrong = mutant(tmp_path, module, module, *OF_SEVERAL_IMAGES[name])
+    with mock.patch.object(wrong, "ENOUGH_PROGRAMS", 1), blocks(BLOCK_M=32, BLOCK_N=32, IMAGES=2):
+        assert_fails(wrong.window_attention, reference, several_images())
 
 
 def test_mutant_without_a_smallest_length_fails(tmp_path):
