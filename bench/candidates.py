@@ -4,35 +4,46 @@ import itertools
 import math
 
 import triton
-from swinfast.kernels.configs import Config, columns
+from swinfast.kernels.configs import MANY, Config, columns, row_tiles
 from swinfast.kernels.gate import ARCHS
 from swinfast.kernels.shapes import PRECISIONS
 
 GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "linear": {
-        "BLOCK_M": (32, 64, 128, 256), "BLOCK_N": (64, 128, 256), "BLOCK_K": (16, 32, 64, 128),
-        "num_warps": (4, 8), "num_stages": (2, 3, 4, 5),
+        "BLOCK_M": (16, 32, 64, 128, 256), "BLOCK_N": (32, 64, 128, 256), "BLOCK_K": (16, 32, 64, 128),
+        "PER_UNIT": (0, 1, 2), "num_warps": (4, 8), "num_stages": (2, 3, 4, 5),
     },
     "linear_norm_residual": {
         "BLOCK_M": (16, 32, 64, 128), "BLOCK_K": (16, 32, 64, 128), "num_warps": (4, 8, 16), "num_stages": (2, 3, 4),
     },
     "norm_residual": {"BLOCK_M": (1, 2, 4, 8, 16, 32), "num_warps": (1, 2, 4, 8), "num_stages": (1,)},
     "mlp_block": {
-        "BLOCK_M": (32, 64, 128), "BLOCK_HIDDEN": (16, 32, 64, 128), "num_warps": (4, 8, 16), "num_stages": (1, 2, 3),
+        "BLOCK_M": (16, 32, 64, 128), "BLOCK_HIDDEN": (16, 32, 64, 128), "num_warps": (4, 8, 16),
+        "num_stages": (1, 2, 3),
     },
     "patch_embed": {
-        "BLOCK_M": (32, 64, 128, 256), "BLOCK_K": (16, 32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3),
+        "BLOCK_M": (16, 32, 64, 128, 256), "BLOCK_K": (16, 32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3),
     },
-    "patch_merging": {
-        "BLOCK_M": (32, 64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (16, 32, 64, 128),
-        "num_warps": (4, 8), "num_stages": (2, 3, 4),
-    },
+    "merge_norm": {"BLOCK_M": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8), "num_stages": (1,)},
     "window_attention": {
-        "BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (16, 32, 64, 128), "num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3),
+        "BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (16, 32, 64, 128), "IMAGES": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8),
+        "num_stages": (1, 2, 3),
     },
     "attention_block": {"num_warps": (4, 8, 16), "num_stages": (1, 2, 3)},
 }  # fmt: skip
 LAUNCH = ("num_warps", "num_stages")
+LIBRARY = Config({"use": "library"}, 4, 1, "a candidate")  # of linear
+IN_TILES = ("linear_norm_residual", "mlp_block", "attention_block")  # rows of channels: in three tiles or in one
+DESCRIBES = ("sm_90", "sm_100")  # architectures with an engine that copies what a descriptor describes
+SIXTEEN_BITS = ("float16", "bfloat16")  # have the same instructions, and rows in common
+FEW = 4096  # rows, up to which candidates lie around those of AROUND, with more and smaller programs than the present
+AROUND = {
+    "linear": Config({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128}, 4, 3, ""),
+    "linear_norm_residual": Config({"BLOCK_M": 16, "BLOCK_K": 64}, 8, 3, ""),
+    "mlp_block": Config({"BLOCK_M": 32, "BLOCK_HIDDEN": 64}, 8, 2, ""),
+    "norm_residual": Config({"BLOCK_M": 1}, 2, 1, ""),
+    "merge_norm": Config({"BLOCK_M": 1}, 4, 1, ""),
+}
 WASTE = 1.34  # columns computed over columns wanted
 PER_THREAD = (4, 256)  # float32 sums that a thread keeps
 
@@ -40,27 +51,36 @@ PER_THREAD = (4, 256)  # float32 sums that a thread keeps
 def candidates(
     kernel: str, sizes: dict[str, int], precision: str, present: Config, arch: str, most: int = 24
 ) -> list[Config]:
-    """Configurations to try, the present one first, then by how far they are from it.
+    """Configurations to try, the present one first, then by how far they are from it (or from AROUND).
 
     Args:
         kernel: Its name; sizes: what its configuration is looked up by.
         most: So many beside the present one.
     """
     grid = GRIDS[kernel]
+    if kernel in IN_TILES:
+        grid = {"TILE": (columns(sizes["channels"])[0], triton.next_power_of_2(sizes["channels"]))} | grid
     found = []
     for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
-        blocks = {name: size for name, size in settings.items() if name not in LAUNCH}
+        usual = {"IMAGES": 1, "PER_UNIT": 0, "TILE": grid.get("TILE", (0,))[0]}  # what a row need not say
+        blocks = {name: size for name, size in settings.items() if name not in LAUNCH and size != usual.get(name)}
         candidate = Config(blocks, settings["num_warps"], settings["num_stages"], "a candidate")
         if candidate[:3] != present[:3] and plausible(kernel, sizes, precision, candidate, arch):
             found.append(candidate)
-    found.sort(key=lambda one: _distance(one, present))
-    return [present, *found[:most]]
+    center = AROUND.get(kernel, present) if sizes.get("rows", MANY) <= FEW else present
+    if "use" in center.blocks:  # no distance from a library
+        center = Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3, "")
+    found.sort(key=lambda one: _distance(one, center))
+    library = [LIBRARY] if kernel == "linear" and "use" not in present.blocks else []
+    return [present, *library, *found[: most - len(library)]]
 
 
 def plausible(kernel: str, sizes: dict[str, int], precision: str, candidate: Config, arch: str) -> bool:
     """Whether a configuration may fit the kernel and the architecture: what is left is for the compiler to say."""
     blocks, threads = candidate.blocks, 32 * candidate.num_warps
+    if "PER_UNIT" in blocks and (arch not in DESCRIBES or precision not in SIXTEEN_BITS or sizes["rows"] <= FEW):
+        return False
     if "k" in sizes and blocks.get("BLOCK_K", 0) > triton.next_power_of_2(sizes["k"]):
         return False
     if kernel == "window_attention":
@@ -70,16 +90,22 @@ def plausible(kernel: str, sizes: dict[str, int], precision: str, candidate: Con
         return blocks["BLOCK_M"] * max(blocks["BLOCK_N"], sizes["block_d"]) <= PER_THREAD[1] * threads // 2
     if kernel == "attention_block":
         return True
-    width = blocks.get("BLOCK_N") or math.prod(columns(sizes["channels"]))
+    width = blocks.get("BLOCK_N") or _width(candidate, sizes["channels"]) * (4 if kernel == "merge_norm" else 1)
+    if blocks["BLOCK_M"] > max(16, sizes.get("rows", MANY)):
+        return False
     if "n" in sizes and -(-sizes["n"] // width) * width > WASTE * max(sizes["n"], 64):
         return False
     if not PER_THREAD[0] <= blocks["BLOCK_M"] * width / threads <= PER_THREAD[1]:
         return False
-    if kernel == "norm_residual":
+    if kernel in ("norm_residual", "merge_norm"):
         return True
     depth = blocks.get("BLOCK_K") or blocks["BLOCK_HIDDEN"]
     stage_bytes = (blocks["BLOCK_M"] + width) * depth * PRECISIONS[precision].itemsize
     return stage_bytes * candidate.num_stages <= ARCHS[arch].shared_per_program if arch in ARCHS else True
+
+
+def _width(candidate: Config, channels: int) -> int:
+    return math.prod(row_tiles(candidate, channels).values())
 
 
 def _distance(one: Config, other: Config) -> float:

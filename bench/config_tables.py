@@ -8,7 +8,7 @@ from pathlib import Path
 from swinfast.kernels.configs import forget, matches
 
 FORMS = ("attention_half", "projection", "mlp_half", "mlp_output")
-ANY = {"stream_bytes": (2, 4)}  # sizes that have few values
+ANY = {"stream_bytes": (2, 4), "gelu": (0, 1)}  # sizes that have few values
 FAR = (1, 10**9)  # beyond what any row names
 
 Row = dict
@@ -19,6 +19,8 @@ def merge(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
     merged = list(rows)
     for row in reversed(measured):
         same = [index for index, other in enumerate(merged) if other["kernel"] == row["kernel"]]
+        if "rows_max" not in row["when"]:  # what holds for few rows stays before what holds for any number
+            same = [index for index in same if "rows_max" not in merged[index].get("when", {})] or [*same[-1:]]
         place = same[0] if same else (0 if row["kernel"] in FORMS else len(merged))
         merged.insert(place, row)
     return _reachable(merged)

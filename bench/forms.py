@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 
 import torch
+from swinfast.kernels.configs import at_most
 from swinfast.kernels.launch import record
 from swinfast.kernels.shapes import PRECISIONS
 from swinfast.kernels.stages import forms_of
 from torch import nn
 
+from bench.candidates import FEW, SIXTEEN_BITS
 from bench.cases import FORMS, cases_of, choose_forms, meta_model, tf32_setting
 from bench.config_tables import Row
 
 GAIN = 0.02  # that a measured choice must win by
-SIXTEEN_BITS = ("float16", "bfloat16")  # have the same instructions, and rows in common
 
 
 def precisions_of(precision: str) -> list[str]:
@@ -37,9 +38,12 @@ def form_rows(
     rows = []
     for name in models:
         model = meta_model(name)
-        for channels, tokens, present in _blocks(model, batch, precision, arch):
+        for channels, tokens, count, present in _blocks(model, batch, precision, arch):
+            few = when_few(count)
             for parts in (("attention_half", "projection"), ("mlp_half", "mlp_output")):
                 options = list(dict.fromkeys(tuple(forms[part] for part in parts) for forms in FORMS.values()))
+                if few:  # attention_half is the same for any number of rows
+                    options = [one for one in options if parts[0] == "mlp_half" or one[0] == present[parts[0]]]
                 now = tuple(present[part] for part in parts)
                 costs = {}
                 for option in dict.fromkeys([now, *options]):
@@ -52,21 +56,27 @@ def form_rows(
                     source = source_of(about, f"{name} batch {batch}", precision, numbers)
                     when = {"channels": channels, "tokens": tokens}
                     rows += [
-                        {"kernel": part, "precision": precisions_of(precision), "when": when, "blocks": {"use": use},
-                         "source": source}
+                        {"kernel": part, "precision": precisions_of(precision), "when": when | few,
+                         "blocks": {"use": use}, "source": source}
                         for part, use in zip(parts, best, strict=True) if use != present[part]
                     ]  # fmt: skip
     return list({(row["kernel"], *row["when"].values()): row for row in rows}.values())
 
 
-def _blocks(model: nn.Module, batch: int, precision: str, arch: str) -> list[tuple[int, int, dict[str, str]]]:
-    """(channels, tokens of a window, present forms) of each kind of block."""
+def when_few(rows: int) -> dict[str, int]:
+    """What a choice that was measured with a number of rows holds for: any number, or few, up to twice as many."""
+    return {} if rows > FEW else {"rows_max": 2 * rows}
+
+
+def _blocks(model: nn.Module, batch: int, precision: str, arch: str) -> list[tuple[int, int, int, dict[str, str]]]:
+    """(channels, tokens of a window, rows, present forms) of each kind of block."""
     found = {}
     for block in (block for stage in model.stages for block in stage.blocks):
         channels, window = block.norm1.normalized_shape[0], tuple(block.window_size)
+        rows = at_most(batch * block.feat_size[0] * block.feat_size[1])
         with record(arch), tf32_setting(precision):
-            forms = forms_of(channels, window, PRECISIONS[precision], torch.device("meta"))
-        found[channels, window[0] * window[1]] = forms._asdict()
+            forms = forms_of(channels, window, PRECISIONS[precision], torch.device("meta"), rows)
+        found[channels, window[0] * window[1], rows] = forms._asdict()
     return [(*sizes, forms) for sizes, forms in found.items()]
 
 

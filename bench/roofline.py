@@ -19,12 +19,14 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import swinfast
 from bench.gpus import GPUS, Gpu
 from bench.peers import import_timm
 from bench.sass import arguments, issued_instructions
 
+PERSISTENT = "linear.persistent_linear"  # waits in loops, and skips: its instructions can't be counted from outside
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -52,46 +54,57 @@ def launches_of(name: str, batch: int, dtype: torch.dtype, arch: str) -> list[La
     images = torch.empty(batch, 3, *model.img_size, device="meta", dtype=dtype)
     with torch.no_grad(), record(arch) as launches:
         fast(images)
-    return [launch for launch in launches if launch.kernel.__name__ not in ("_offsets_kernel", "_table_kernel")]
+    return [launch for launch in launches if kernel_of(launch) != "cpb_bias"]
+
+
+def kernel_of(launch: Launch) -> str:
+    """The module of a launch's kernel. What PyTorch's library computes are the products of linear."""
+    return launch.kernel.fn.__module__.rpartition(".")[2] if launch.kernel else "linear"
 
 
 def predict(launches: Sequence[Launch], precision: str, gpu: Gpu) -> list[Row]:
     """Rows of a forward's launches on a GPU, in the order of their first."""
-    groups = {}
+    groups: dict[tuple, list[Launch]] = {}
     for launch in launches:
-        job = job_of(launch, gpu.arch, precision)
-        groups.setdefault((job.key, launch.programs), (job, []))[1].append(launch)
+        what = job_of(launch, gpu.arch, precision).key if launch.kernel else tuple(launch.constants.items())
+        groups.setdefault((what, launch.programs), []).append(launch)
     rows = []
-    for (_, programs), (job, group) in groups.items():
-        flops, moved = flops_of(group[0], job.kernel), bytes_of(group[0])
-        issued = programs * job.num_warps * issued_instructions(job)
+    for group in groups.values():
+        first, count, issued, shape = group[0], len(group), 0.0, ""
+        if first.kernel:
+            job = job_of(first, gpu.arch, precision)
+            shape = job.shape
+            if job.kernel != PERSISTENT:
+                issued = first.programs * job.num_warps * issued_instructions(job)
+        else:
+            shape = f"n={first.constants['N']} k={first.constants['K']} by PyTorch's library"
+        flops, moved = flops_of(first, kernel_of(first)), bytes_of(first)
         times = flops / gpu.matrix_rate(precision), moved / (1e12 * gpu.bandwidth), issued / gpu.issue_rate
-        count = len(group)
-        rows.append(Row(job.kernel, job.shape, count, count * flops, count * moved, *(count * time for time in times)))
+        sums = (count * number for number in (flops, moved, *times))
+        rows.append(Row(kernel_of(first), shape, count, *sums))
     return rows
 
 
 def flops_of(launch: Launch, kernel: str) -> float:
     """FLOPs of the products of one launch."""
     size = arguments(launch)
-    if kernel == "norm_residual":
+    if kernel in ("norm_residual", "merge_norm"):
         return 0.0
-    if kernel == "patch_merging":
-        return 2.0 * size["rows"] * size["N"] * 4 * size["C"]
     if kernel == "mlp_block":
         return 4.0 * size["rows"] * size["C"] * size["HIDDEN"]
     if kernel not in ("attention_block", "window_attention"):
         return 2.0 * size["rows"] * size.get("N", size.get("C")) * size["K"]
     tokens, channels = size["WINDOW_H"] * size["WINDOW_W"], size["HEADS"] * size["HEAD_DIM"]
     if kernel == "window_attention":
-        windows = launch.programs * size["BLOCK_M"] / size["QUERIES"] / size["HEADS"]
+        windows = size["images"] * size["windows_h"] * size["windows_w"]
         return windows * 4.0 * tokens * tokens * channels
     return launch.programs * (8.0 * tokens * channels * channels + 4.0 * tokens * tokens * channels)
 
 
 def bytes_of(launch: Launch) -> float:
     """Bytes of all tensors of a launch, each once."""
-    tensors = {id(value): value for value in launch.args if isinstance(value, Tensor)}
+    values = (value.base if isinstance(value, TensorDescriptor) else value for value in launch.args)
+    tensors = {id(value): value for value in values if isinstance(value, Tensor)}
     return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
 
 

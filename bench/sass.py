@@ -32,17 +32,15 @@ def issued_instructions(job: Job) -> float:
 
 
 def trips(job: Job) -> list[int]:
-    """How often each loop of a kernel runs, in the order of its source."""
+    """How often each loop of a kernel runs, in the order of their ends: an inner loop before the one around it."""
     size = job.named
     if job.kernel == "attention_block":
         return [size["HEADS"]]
     if job.kernel == "window_attention":
         blocks = (size["KEYS"] - size["TAIL"]) // size["BLOCK_N"]
-        return [blocks - 1] if blocks > 2 else []
+        return [blocks - 1] * (blocks > 2) + [size["IMAGES"]] * (size["IMAGES"] > 1)
     if job.kernel == "mlp_block":
         return [-(-size["HIDDEN"] // size["BLOCK_HIDDEN"])]
-    if job.kernel == "patch_merging":
-        return 2 * [-(-4 * size["C"] // size["BLOCK_K"])]
     return [-(-size["K"] // size["BLOCK_K"])] if "BLOCK_K" in size else []
 
 
@@ -62,11 +60,13 @@ def count(sass: str, trips: list[int]) -> float:
         return instructions
     if len(loops) != len(trips):
         raise ValueError(f"{len(loops)} loops in the machine code, {len(trips)} in the source")
-    return instructions + sum((end - start) * (n - 1) for (start, end), n in zip(loops, trips, strict=True))
+    runs = [1] * instructions
+    for (start, end), often in zip(loops, trips, strict=True):
+        runs[start:end] = [often * count for count in runs[start:end]]
+    return sum(runs)
 
 
 def arguments(launched: Any) -> dict[str, Any]:
     """A launch's arguments and constants by the names of the kernel's parameters."""
-    return (
-        dict(zip(launched.kernel.arg_names, launched.args, strict=False)) | launched.constants | launched.config.blocks
-    )
+    names = launched.kernel.arg_names if launched.kernel else ()
+    return dict(zip(names, launched.args, strict=False)) | launched.constants | launched.config.blocks

@@ -5,7 +5,7 @@
 For each kernel and shape of a forward, in every composition of the blocks: candidates (bench.candidates) are compiled
 in parallel; what spills, does not fit or lost its matrix instructions is refused; what remains must be as right as
 plain PyTorch, and is timed. The fastest then run against the present choice in interleaved rounds, and a row replaces a
-choice only where it wins by more than 2 % and by more than the noise. Last, the compositions are compared by the times
+choice only where it wins by more than 2 % and in all rounds but one. Last, the compositions are compared by the times
 of their kernels. Every outcome is a line of a log, by which --resume goes on where an earlier run stopped.
 """
 
@@ -25,17 +25,17 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from swinfast.kernels.configs import FOLDER, Config, override
+from swinfast.kernels.configs import FOLDER, MANY, Config, override
 from swinfast.kernels.gate import ARCHS, Job, Measured, compile_ahead, job_of, problems
 from swinfast.kernels.launch import arch_of
 from swinfast.kernels.shapes import PRECISIONS
 from tabulate import tabulate
 
 from bench import OUT_OF_TIME
-from bench.candidates import candidates
+from bench.candidates import SIXTEEN_BITS, candidates
 from bench.cases import Case, Oracle, Wrong, call_arguments, inputs_of, launch_of, operation, tf32_setting
 from bench.config_tables import Row, update
-from bench.forms import GAIN, SIXTEEN_BITS, form_rows, precisions_of, source_of
+from bench.forms import GAIN, form_rows, precisions_of, source_of, when_few
 from bench.kernels import KERNELS, compilers, problem_of
 from bench.peaks import Timer, timer_of
 from bench.provenance import provenance
@@ -47,6 +47,7 @@ RESULTS = Path(__file__).parent / "results"
 FINALISTS = 3  # that run against the present choice
 ROUNDS = 5
 QUICK, LONG = 20, 40  # milliseconds of calls in one timing
+IN_GRAPHS = 8  # images, up to which kernels are timed in CUDA graphs, as they then run
 AHEAD = 4  # targets whose candidates are being compiled
 COMPILE_WAIT = 60.0  # seconds for the candidates of one target: a compiler can take minutes over a hopeless one
 STICKY = ("CUDA error", "illegal memory access", "misaligned address", "device-side assert", "launch failure")
@@ -67,8 +68,10 @@ def compile_target(target: Target, tried: Sequence[Config], arch: str, pool: Poo
         jobs = {}
         for case in target.cases:
             with tf32_setting(case.precision):
-                job = job_of(launch_of(case, config, arch), arch, case.precision)
-            jobs[job.key] = job
+                launched = launch_of(case, config, arch)
+                if launched.kernel is not None:
+                    job = job_of(launched, arch, case.precision)
+                    jobs[job.key] = job
         pending.append([(job, pool.apply_async(compile_ahead, (job,))) for job in jobs.values()])
 
     def wait(seconds: float) -> list[str]:
@@ -156,9 +159,12 @@ def decide(target: Target, tried: Sequence[Config], times: Sequence[Sequence[Seq
     best = min(range(len(tried)), key=totals.__getitem__)
     if not present:
         return Final(tried[best], totals[best], None, True, medians[best])
-    turns = [sum(n * us for n, us in zip(calls, turn, strict=True)) for turn in zip(*times[0], strict=True)]
-    noise = (max(turns) - min(turns)) / totals[0]
-    wins = totals[best] < (1 - max(GAIN, noise)) * totals[0]
+    mine, theirs = (
+        [sum(n * us for n, us in zip(calls, turn, strict=True)) for turn in zip(*times[index], strict=True)]
+        for index in (best, 0)
+    )
+    beaten = sum(one < other for one, other in zip(mine, theirs, strict=True))
+    wins = totals[best] < (1 - GAIN) * totals[0] and beaten >= len(mine) - 1
     best = best if wins else 0
     return Final(tried[best], totals[best], totals[0], wins, medians[best])
 
@@ -216,11 +222,12 @@ def known_final(target: Target, log: Log) -> Final | None:
 
 def row_of(target: Target, final: Final, about: dict[str, str], models: str) -> Row:
     """A row of the table for a choice that wins."""
+    rows = dict(target.sizes).get("rows", MANY)
     former = "none that runs" if final.present_us is None else f"{final.present_us:.1f} us of {tile(target.present)}"
     return {
         "kernel": target.kernel,
         "precision": precisions_of(target.precision),
-        "when": dict(target.sizes),
+        "when": {name: size for name, size in target.sizes if name != "rows"} | when_few(rows),
         "blocks": final.best.blocks,
         "num_warps": final.best.num_warps,
         "num_stages": final.best.num_stages,
@@ -260,7 +267,7 @@ def sweep(
     return finals, len(todo)
 
 
-def main(argv: Sequence[str] | None = None, timer_of: Callable[[torch.device], Timer] = timer_of) -> int:
+def main(argv: Sequence[str] | None = None, timer_of: Callable[..., Timer] = timer_of) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = _parser().parse_args(argv)
     if set(SIXTEEN_BITS) <= set(options.dtypes):
@@ -270,7 +277,7 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[[torch.device], T
     gpu = device.type == "cuda"
     models = options.model or (["swinv2_cr_tiny_ns_224"] if gpu else ["small"])
     batch = options.batch or (256 if gpu else 1)
-    arch, timer = arch_of(device), timer_of(device)
+    arch, timer = arch_of(device), timer_of(device, batch <= IN_GRAPHS)
     about = provenance(device, "measured" if gpu else "interpreter")
     log = Log(options.log or RESULTS / f"tune_{slug(about['device'])}.jsonl", about, options.resume)
     table = options.table or (FOLDER / f"{arch}.json" if gpu else None)
