@@ -159,15 +159,16 @@ def _window_attention_kernel(
         p = tl.exp2(logits - largest[:, None])
         total = tl.sum(p, axis=1)
         acc = dot(p.to(v.dtype), v, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
-        for start in range(FIRST, WHOLE, BLOCK_N):
-            keys = _keys(
-                start, table, window_row, window_column, height, width,
-                C, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, BLOCK_N,
-            )  # fmt: skip
-            logits, v = _logits(
-                keys, q, q_factor, qkv, qkv_bias, present, C, HEAD_DIM, PADDED, BLOCK_D, PRECISION,
-            )  # fmt: skip
-            acc, total, largest = _accumulate(acc, total, largest, logits, v, PRECISION)
+        if WHOLE > BLOCK_N:  # else the first block is of another size, and the compiler minds even a loop of no turns
+            for start in range(FIRST, WHOLE, BLOCK_N):
+                keys = _keys(
+                    start, table, window_row, window_column, height, width,
+                    C, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, BLOCK_N,
+                )  # fmt: skip
+                logits, v = _logits(
+                    keys, q, q_factor, qkv, qkv_bias, present, C, HEAD_DIM, PADDED, BLOCK_D, PRECISION,
+                )  # fmt: skip
+                acc, total, largest = _accumulate(acc, total, largest, logits, v, PRECISION)
         if WHOLE > 0 and TAIL > 0:
             keys = _keys(
                 WHOLE, table, window_row, window_column, height, width,

@@ -41,6 +41,25 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+WINDOWS = """
+import torch
+from swinfast.kernels.gate import job_of, measure
+from swinfast.kernels.launch import record
+from swinfast.kernels.window_attention import padded_size, window_attention
+
+for window in ((2, 3), (4, 5), (5, 9), (8, 9), (10, 10)):
+    for name, shift in (("float16", [1, 1]), ("float32", [0, 0])):
+        dtype = getattr(torch, name)
+        qkv, bias, scale = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, 20, 20, 96), (96,), (2,)))
+        with record("sm_90") as launches:
+            shape = 4 if any(shift) else 1, 2, *padded_size(qkv.device, dtype, window, 16)
+            table = torch.empty(shape, dtype=dtype, device="meta")
+            window_attention(qkv, bias, scale, table, list(window), shift)
+        if error := measure(job_of(launches[0], "sm_90", name)).error:
+            print(window, name, error)
+"""
+
+
 @pytest.fixture
 def gate(pytestconfig):
     """Runs Python with arguments as the gate must be run: without the interpreter, its results kept between runs."""
@@ -73,6 +92,13 @@ def test_every_shape_is_fit(gate):
     """bfloat16 has the rows of float16 and the same instructions: here the subset above is enough of it."""
     done = gate("-m", "swinfast.kernels", "--precision", "float16", "float32", "tf32")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def test_windows_of_other_sizes_compile(gate):
+    """The published models have few; the interpreter minds no types, so only a compiler finds what they break."""
+    done = gate("-c", WINDOWS)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize(
