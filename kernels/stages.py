@@ -152,7 +152,9 @@ def _mlp_half(block: Block, forms: Forms, x: Tensor) -> Tensor:
 
 def run_merge(merge: Merge, x: Tensor) -> Tensor:
     """Patch merging. [B, H, W, C], contiguous, to [B, ceil(H / 2), ceil(W / 2), 2C]."""
-    return linear(merge_norm(x, *merge.norm), merge.reduction, None).to(x.dtype)
+    dtype = x.dtype
+    x = merge_norm(x, *merge.norm)
+    return linear(x, merge.reduction, None).to(dtype)
 
 
 def _linear_norm_residual(

@@ -230,7 +230,9 @@ class FusedStage(FusedComputation):
         return backend.derive_stage(spec, traced, autocast)
 
     def _run(self, backend, spec, tables, x):
-        return backend.stage(spec, tables, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        held = [x.permute(0, 2, 3, 1)]
+        del x  # so that a stage can free its input
+        return backend.stage(spec, tables, held.pop()).permute(0, 3, 1, 2)
 
 
 class FusedStages(Fused):
@@ -276,8 +278,26 @@ class FusedStages(Fused):
                 compute=partial(self._compute, plan),
                 plain=lambda: self._one_by_one(plan, x),
             )
-        run = partial(self._one_by_one, plan)
-        return run(x) if x.device.type == "cpu" else _in_parts(run, x)
+        if x.device.type == "cpu":
+            return self._one_by_one(plan, x)
+        return _in_parts(partial(self._at_once, plan), x)
+
+    def _at_once(self, plan: SequencePlan, x: Tensor) -> Tensor:
+        """Stages that free their inputs, where one by one each keeps its own for a fallback.
+
+        Where something fails the stages run again, one by one: that finds the one to blame, and what it falls back to.
+        """
+        fit = all(one.backend is not None and one.backend.may_fail for one in plan.plans)
+        if fit and not any(stage._swinfast.unchecked for stage in self):
+            kind = _kind(x)
+            try:
+                tables = tuple(stage.tables(one, kind) for stage, one in zip(self, plan.plans, strict=True))
+                return self._compute(plan, tables, x)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                pass
+        return self._one_by_one(plan, x)
 
     def _one_by_one(self, plan: SequencePlan, x: Tensor) -> Tensor:
         # where no graph can span all stages, because PyTorch computes one, the others may have their own
@@ -288,7 +308,9 @@ class FusedStages(Fused):
 
     def _compute(self, plan: SequencePlan, tables: tuple, x: Tensor) -> Tensor:
         for stage, one, its_tables in zip(self, plan.plans, tables, strict=True):
-            x = stage._run(one.backend, one.spec, its_tables, x)
+            held = [x]
+            del x
+            x = stage._run(one.backend, one.spec, its_tables, held.pop())
         return x
 
 

@@ -154,10 +154,11 @@ def stage(spec: StageSpec, tables: StageTables, x: Tensor) -> Tensor:
     """One stage. x [B, H, W, C] to [B, H', W', C'], contiguous, in the dtype of x."""
     given = x.dtype
     with without_autocast(x.device):
-        x = x.to(tables.dtype).contiguous()
+        held = [x.to(tables.dtype).contiguous()]
+        del x  # what is handed on can be freed there
         if tables.merge is not None:
-            x = run_merge(tables.merge, x)
-        return run_blocks(tables.blocks, x).to(given)
+            held = [run_merge(tables.merge, held.pop())]
+        return run_blocks(tables.blocks, held.pop()).to(given)
 
 
 def graph_pays(x: Tensor, dtype: torch.dtype) -> bool:

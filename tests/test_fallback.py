@@ -1,6 +1,7 @@
 """Where Triton fails, at compiling or at its own self-check, another backend answers, and the report says so."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -98,6 +99,32 @@ def test_out_of_memory_is_the_callers(model, auto, monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         fast(IMAGES.to(DEVICE))
     assert all(detail.startswith("Triton, ") for detail in details(fast))
+
+
+def test_stages_at_once(model, auto, monkeypatch):
+    """What they run as on a GPU where no graph does: the answer, the warning and the report of one by one."""
+    fast = swinfast.optimize(model)
+    stages, x = fast.stages, model.patch_embed(IMAGES.to(DEVICE))
+    calls = failing(monkeypatch, RuntimeError("shared memory"), only=lambda spec: False)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert relative_rms(stages._at_once(stages.plan(), x), model.stages(x)) <= 1e-5
+    calls = failing(monkeypatch, RuntimeError("shared memory"), only=lambda spec: spec.merge is not None)
+    with torch.no_grad(), pytest.warns(UserWarning, match="Triton failed, so a stage") as warned:
+        assert relative_rms(stages._at_once(stages.plan(), x), model.stages(x)) <= 1e-5
+    assert len(warned) == 1 and len(calls) == 2
+    assert [detail.partition(",")[0] for detail in details(fast)] == ["Triton"] * 2 + ["PyTorch"] * 2
+    with torch.no_grad():
+        assert relative_rms(stages._at_once(stages.plan(), x), model.stages(x)) <= 1e-5
+    assert len(calls) == 2  # never again
+
+
+def test_out_of_memory_at_once_is_the_callers(model, auto, monkeypatch):
+    calls = failing(monkeypatch, torch.OutOfMemoryError("no room"))
+    stages = swinfast.optimize(model).stages
+    with pytest.raises(torch.OutOfMemoryError):
+        stages._at_once(stages.plan(), model.patch_embed(IMAGES.to(DEVICE)))
+    assert len(calls) == 1
 
 
 def test_wrong_input_is_no_failure_of_triton(model, auto):
