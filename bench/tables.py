@@ -106,7 +106,12 @@ def details(runs: Sequence[Run]) -> str:
 def kernels(rows: Sequence[Row]) -> str:
     """Time, and achieved rates, of each kernel; of a repeated measurement the last."""
     latest = {tuple(row[name] for name in ("kernel", "shape", "dtype")): row for row in rows}
-    lines = [[row.get(name, "") or "–" for name in KERNEL_COLUMNS] for row in latest.values()]
+    lines = []
+    for row in latest.values():
+        cells = {name: row.get(name, "") or "–" for name in KERNEL_COLUMNS}
+        if '"use": "library"' in row.get("config", ""):
+            cells["kernel"] += ", by the library"
+        lines.append(list(cells.values()))
     return _github(lines, tuple(KERNEL_COLUMNS.values()))
 
 

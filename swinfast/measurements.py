@@ -114,17 +114,18 @@ def check_header(path: Path, columns: Sequence[str] = COLUMNS) -> None:
 
 @functools.cache
 def commit_of_this() -> str:
-    """The commit that is measured, marked where files differ from it.
-
-    In a copy without git's history it is what SWINFAST_COMMIT says, else the version, as v0.1.0.
+    """The commit that is measured: what SWINFAST_COMMIT says, which knows of a copy whose history is another's or
+    missing; else git's, marked where files differ from it; else the version, as v0.1.0.
     """
+    if named := os.environ.get("SWINFAST_COMMIT"):
+        return named
     root = Path(__file__).parents[1]
     described = ""
     if (root / ".git").exists():
         command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
         with contextlib.suppress(OSError):
             described = subprocess.run(command, capture_output=True, text=True, cwd=root).stdout.strip()
-    return described or os.environ.get("SWINFAST_COMMIT") or f"v{__version__}"
+    return described or f"v{__version__}"
 
 
 @functools.cache

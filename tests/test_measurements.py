@@ -115,11 +115,13 @@ def test_committed_files_can_be_added_to(file):
     assert {len(row) for row in rows} == {len(COLUMNS)}
 
 
-def test_commit_of_a_copy_without_history(monkeypatch):
-    commit_of_this.cache_clear()
-    monkeypatch.setattr(Path, "exists", lambda path: False)
-    monkeypatch.setenv("SWINFAST_COMMIT", "abc")
-    assert commit_of_this() == "abc"
+def test_commit_of_a_copy(monkeypatch):
+    """Who copies a checkout can say what it is, also where there is a history, of something else."""
+    for history in (True, False):
+        commit_of_this.cache_clear()
+        monkeypatch.setattr(Path, "exists", lambda path, history=history: history)
+        monkeypatch.setenv("SWINFAST_COMMIT", "abc")
+        assert commit_of_this() == "abc"
     commit_of_this.cache_clear()
     monkeypatch.delenv("SWINFAST_COMMIT")
     assert commit_of_this() == f"v{swinfast.__version__}"
