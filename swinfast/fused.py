@@ -257,12 +257,36 @@ class FusedStages(Fused):
         return kept
 
     def forward(self, x: Tensor) -> Tensor:
-        plan = None if self.training or _is_traced(x) or _is_transformed() else self.plan()
+        if self.training or _is_traced(x) or _is_transformed():
+            return super().forward(x)
+        replayed = self._replayed(x)
+        if replayed is not None:
+            return replayed
+        plan = self.plan()
         if plan is None:
             return super().forward(x)
         if _needs_grad(x, plan.parameters):
             return FusedForward.apply(self, plan, x, *plan.parameters)
         return self.fused_forward(plan, x)
+
+    def _replayed(self, x: Tensor) -> Tensor | None:
+        """The answer of a graph, where there is one and nothing has changed since it was captured."""
+        plan = self._swinfast.plan
+        if plan is None or not plan.graphs or _needs_grad(x, plan.parameters):
+            return None
+        if not graphs.may_run(self._swinfast.cuda_graphs, plan, x):
+            return None
+        kind = _kind(x)
+        return plan.graphs.replayed(
+            x,
+            kind,
+            holds=lambda: self.plan() is plan,
+            reads=lambda: self._tables(plan, kind),
+            made=lambda: plan.derivations,
+        )
+
+    def _tables(self, plan: SequencePlan, kind: tuple) -> tuple:
+        return tuple(stage.tables(one, kind) for stage, one in zip(self, plan.plans, strict=True))
 
     def original_forward(self, x: Tensor) -> Tensor:
         """Stage by stage, so that a backward pass keeps the activations of one stage at a time."""
@@ -274,7 +298,7 @@ class FusedStages(Fused):
             return plan.graphs.run(
                 x,
                 kind,
-                reads=lambda: tuple(stage.tables(one, kind) for stage, one in zip(self, plan.plans, strict=True)),
+                reads=lambda: self._tables(plan, kind),
                 compute=partial(self._compute, plan),
                 plain=lambda: self._one_by_one(plan, x),
             )
@@ -291,8 +315,7 @@ class FusedStages(Fused):
         if fit and not any(stage._swinfast.unchecked for stage in self):
             kind = _kind(x)
             try:
-                tables = tuple(stage.tables(one, kind) for stage, one in zip(self, plan.plans, strict=True))
-                return self._compute(plan, tables, x)
+                return self._compute(plan, self._tables(plan, kind), x)
             except torch.OutOfMemoryError:
                 raise
             except Exception:

@@ -35,6 +35,7 @@ class Plan:
         backend: What computes the module, None where there is a reason; note says more of it, or is None.
         parameters: All parameters inside, in order, and parameter_names their names.
         graphs: The CUDA graphs of the module.
+        derivations: How often anything was derived from the weights.
     """
 
     def __init__(self, adapter: Adapter, module: nn.Module, backend: str, failure: str | None = None):
@@ -48,6 +49,7 @@ class Plan:
             choice = choose(backend, self.spec, self.parameters[0].device, self.parameters[0].dtype, failure)
         self.backend, self.reason, self.note = choice
         self.graphs = Graphs()
+        self.derivations = 0
         self._derived: dict[Hashable, tuple[list[int], Any]] = {}  # with the versions of the weights it came from
         self._lock = threading.Lock()
         self._counts_edits = not any(parameter.is_inference() for parameter in self.parameters)
@@ -103,6 +105,7 @@ class Plan:
             made = self._derive(derive)
             if kept is not None and overwrite(kept[1], made):
                 made = kept[1]
+            self.derivations += 1
             if self.parameters[0].is_cuda:  # other streams may use it from now on
                 torch.cuda.current_stream(self.parameters[0].device).synchronize()
             self._derived[kind] = versions, made
@@ -144,6 +147,10 @@ class SequencePlan:
     def holds(self, plans: Sequence[Plan]) -> bool:
         """Whether these are still the modules' plans."""
         return len(plans) == len(self.plans) and all(map(is_, plans, self.plans))
+
+    @property
+    def derivations(self) -> int:
+        return sum(plan.derivations for plan in self.plans)
 
     @property
     def may_be_captured(self) -> bool:
