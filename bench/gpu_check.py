@@ -39,7 +39,7 @@ LARGEST_LOG = 12 << 20
 WIDEST = 150  # columns of the summary
 MODEL = "swinv2_cr_tiny_ns_224"
 EVERY_DTYPE = ("--dtypes", "float16", "bfloat16", "float32", "tf32")
-QUIETLY = ("-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-rfE", "--tb=short")
+NAMING = ("-v", "-p", "no:cacheprovider", "-p", "no:benchmark", "-rfE", "--tb=short")
 
 Command = Sequence[str]
 
@@ -111,8 +111,11 @@ def _model_tests(visit: Visit) -> list[Command]:
 
 
 def _pytest(files: Sequence[Path]) -> list[Command]:
-    """Tests in many processes where pytest-xdist is there; most of their time is compiling. Mutants are for CPUs."""
-    command = [*PYTHON, "pytest", *QUIETLY, "-k", "not mutant", "-m", "not slow"]
+    """Tests in many processes where pytest-xdist is there; most of their time is compiling. Mutants are for CPUs.
+
+    Each is named as it ends, so that a run that is cut short has said which failed.
+    """
+    command = [*PYTHON, "pytest", *NAMING, "-k", "not mutant", "-m", "not slow"]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", "150", "--timeout-method", "thread"]
     if importlib.util.find_spec("xdist"):
@@ -169,9 +172,9 @@ def _overhead(visit: Visit) -> list[Command]:
 def _tune(visit: Visit) -> list[Command]:
     if not GPU:
         raise Missing("tuning needs a GPU")
-    log = str(visit.output / "tune.jsonl")
-    size = ("--model", MODEL, "--batch", "256")
-    return [(*PYTHON, "bench.tune", *size, "--resume", "--log", log, *_minutes(visit, 3 * GRACE))]  # a target is long
+    log, half = str(visit.output / "tune.jsonl"), visit._replace(minutes=visit.minutes / 2)
+    options = ("--model", MODEL, "--resume", "--log", log, *_minutes(half, 3 * GRACE))  # a target is long
+    return [(*PYTHON, "bench.tune", "--batch", size, *options) for size in ("256", "1")]
 
 
 STEPS = {

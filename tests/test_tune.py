@@ -255,7 +255,7 @@ def test_candidates(kernel):
 @pytest.mark.parametrize(
     ("kernel", "sizes", "wanted"),
     [
-        ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 1 << 16}, "64x128x64 w4 s3"),
+        ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 1 << 16}, "128x128x64x2 w4 s3"),
         ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 256}, "64x64x128 w4 s3"),
         ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 256}, "library w4 s1"),
         ("mlp_block", {"channels": 96, "stream_bytes": 2, "rows": 1 << 20}, "128x32 w4 s2"),
