@@ -145,7 +145,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     if chosen.blocks.get("use") == "library":
         out = F.linear(x.to(weight.dtype), weight, bias)
         left_to_pytorch(x, weight, bias, out, config=chosen, rows=rows, N=columns, K=k)
-        return F.gelu(out) if gelu else out
+        return torch.ops.aten.gelu_(out) if gelu else out
     out = torch.empty((*x.shape[:-1], columns), dtype=weight.dtype, device=x.device)
     block_m, block_n, block_k = (chosen.blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     tiles = cdiv(rows, block_m) * cdiv(columns, block_n)
