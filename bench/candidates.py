@@ -59,7 +59,9 @@ def candidates(
     """
     grid = GRIDS[kernel]
     if kernel in IN_TILES:
-        grid = {"TILE": (columns(sizes["channels"])[0], triton.next_power_of_2(sizes["channels"]))} | grid
+        grid = {
+            "TILE": tuple(dict.fromkeys((columns(sizes["channels"])[0], triton.next_power_of_2(sizes["channels"]))))
+        } | grid
     found = []
     for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))

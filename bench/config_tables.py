@@ -19,9 +19,13 @@ def merge(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
     merged = list(rows)
     for row in reversed(measured):
         same = [index for index, other in enumerate(merged) if other["kernel"] == row["kernel"]]
-        if "rows_max" not in row["when"]:  # what holds for few rows stays before what holds for any number
-            same = [index for index in same if "rows_max" not in merged[index].get("when", {})] or [*same[-1:]]
+        few = [index for index in same if "rows_max" in merged[index].get("when", {})]
         place = same[0] if same else (0 if row["kernel"] in FORMS else len(merged))
+        if few and "rows_max" not in row["when"]:  # what holds for few rows stays before what holds for any number
+            ordered = [merged[index] for index in (*few, *(index for index in same if index not in few))]
+            for index, other in zip(same, ordered, strict=True):
+                merged[index] = other
+            place = same[len(few) - 1] + 1
         merged.insert(place, row)
     return _reachable(merged)
 

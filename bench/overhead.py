@@ -19,6 +19,7 @@ from swinfast.kernels import launch
 from swinfast.kernels.launch import arch_of
 from swinfast.kernels.shapes import PRECISIONS
 from tabulate import tabulate
+from torch import Tensor
 
 import swinfast
 from bench.cases import Case, call_arguments, cases_of, inputs_of, meta_model, operation, tf32_setting
@@ -41,7 +42,12 @@ def launching_nothing(cases: Sequence[Case]) -> AbstractContextManager:
     stack.enter_context(mock.patch.object(launch, "INTERPRETED", True))
     for kernel in {id(case.launch.kernel): case.launch.kernel for case in cases if case.launch.kernel}.values():
         stack.enter_context(mock.patch.object(type(kernel), "run", lambda *_, **__: None, create=True))
+    stack.enter_context(mock.patch.object(torch.nn.functional, "linear", _unwritten))
     return stack
+
+
+def _unwritten(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype)
 
 
 def host_us(function: Callable[[], object], device: torch.device) -> float:

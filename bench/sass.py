@@ -69,4 +69,4 @@ def count(sass: str, trips: list[int]) -> float:
 def arguments(launched: Any) -> dict[str, Any]:
     """A launch's arguments and constants by the names of the kernel's parameters."""
     names = launched.kernel.arg_names if launched.kernel else ()
-    return dict(zip(names, launched.args, strict=False)) | launched.constants | launched.config.blocks
+    return dict(zip(names, launched.args, strict=False)) | launched.config.blocks | launched.constants

@@ -117,6 +117,7 @@ def kernels(rows: Sequence[Row]) -> str:
 
 def overhead(rows: Sequence[Row]) -> str:
     """Host time of the launches of a forward by operation, on one device; of a repeated measurement the last."""
+    rows = [row for row in rows if row["commit"] == rows[-1]["commit"]]  # what an older one launched is gone
     latest = {tuple(row[name] for name in ("model", "dtype", "operation", "shape")): row for row in rows}
     forwards: dict[tuple[str, str], dict[str, tuple[int, float]]] = {}
     for row in latest.values():

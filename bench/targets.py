@@ -1,6 +1,7 @@
 """What bench.tune decides: targets, and the log of what was found out about each."""
 
 import hashlib
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +76,8 @@ class Log:
 
     def key(self, target: Target) -> str:
         """The same only for the same kernel's code, shapes, versions and device."""
-        code = getattr(target.cases[0].launch.kernel, "cache_key", "")
+        module = importlib.import_module(f"swinfast.kernels.{target.kernel}")
+        code = sorted(getattr(value, "cache_key", "") for value in vars(module).values() if hasattr(value, "cache_key"))
         versions = [self.about[name] for name in ("device", "torch", "triton")]
         what = (target.kernel, target.sizes, target.precision, sorted(map(repr, (c.key for c in target.cases))))
         return hashlib.sha256(repr((what, code, versions)).encode()).hexdigest()[:16]

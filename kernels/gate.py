@@ -27,7 +27,9 @@ PRODUCTS = {  # matrix instructions by what their text in the assembly is
     "mma.sync": "mma.sync",
     "mfma": "v_mfma",
 }
-DERIVED = {"TILE", "COUNT", "PRECISION", "LOG2_E", "EXACT_GELU", "HAS_BIAS", "BLOCK", "BLOCK_D", "BLOCK_HIDDEN"}
+DERIVED = {
+    "TILE", "COUNT", "PRECISION", "LOG2_E", "EXACT_GELU", "HAS_BIAS", "BLOCK", "BLOCK_D", "BLOCK_HIDDEN", "IMAGES",
+}  # fmt: skip
 TENSOR_MEMORY = 512  # columns
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -78,7 +80,7 @@ class Job(NamedTuple):
     @property
     def shape(self) -> str:
         """What the launch's constants say about its shape, in short."""
-        streams = (name for name in ("residual", "x", "images") if name in self.signature)
+        streams = (name for name in ("residual", "x", "images") if self.signature.get(name, "i")[0] in "*t")
         words = [f"{name}={self.signature[name].strip('*')}" for name in list(streams)[:1]]
         for name, value in self.named.items():
             if name not in DERIVED and name not in self.blocks and value is not False:

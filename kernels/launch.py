@@ -107,7 +107,7 @@ def units(device: torch.device) -> int:
 
 def left_to_pytorch(*args: Any, config: Config, **constants: Any) -> None:
     """Note, where launches are recorded, that PyTorch's own library computes this one."""
-    if _recording is not None and args[0].is_meta:
+    if _recording is not None and (args[0].is_meta or isinstance(args[0], FakeTensor)):
         _recording.append(Launch(None, 0, args, constants, config))
 
 

@@ -150,7 +150,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     block_m, block_n, block_k = (chosen.blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     tiles = cdiv(rows, block_m) * cdiv(columns, block_n)
     blocks = {name: size for name, size in chosen.blocks.items() if name != "PER_UNIT"}
-    if "PER_UNIT" in chosen.blocks and out.numel() and x.dtype == weight.dtype and can_be_described(x, weight, out):
+    stays = "PER_UNIT" in chosen.blocks and isinstance(rows, int) and rows and x.dtype == weight.dtype != torch.float32
+    if stays and can_be_described(x, weight, out):
         launch(
             _persistent_linear_kernel,
             min(tiles, chosen.blocks["PER_UNIT"] * units(x.device)),

@@ -126,7 +126,7 @@ def run_blocks(blocks: Sequence[Block], x: Tensor) -> Tensor:
 
 def _forms(block: Block, x: Tensor) -> Forms:
     """How a block is computed for as many rows as x has; in a graph, that may be for any number, for many."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return block.forms
     channels = x.shape[-1]
     return forms_of(channels, block.window_size, block.qkv.weight.dtype, x.device, at_most(x.numel() // channels))

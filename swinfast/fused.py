@@ -243,6 +243,15 @@ class FusedStages(Fused):
 
     def plan(self) -> SequencePlan | None:
         """How the stages run as one, None where each must run by itself."""
+        plans = self._plans()
+        kept = self._swinfast.plan
+        if plans is None:
+            kept = self._swinfast.plan = None
+        elif kept is None or not kept.holds(plans):
+            kept = self._swinfast.plan = SequencePlan(plans)
+        return kept
+
+    def _plans(self) -> list[Plan] | None:
         plans = []
         for stage in self:
             if not isinstance(stage, FusedStage) or stage.training or any(getattr(stage, hooks) for hooks in HOOKS):
@@ -251,10 +260,7 @@ class FusedStages(Fused):
             if plan.reason is not None or plan.is_random():
                 return None
             plans.append(plan)
-        kept = self._swinfast.plan
-        if kept is None or not kept.holds(plans):
-            kept = self._swinfast.plan = SequencePlan(plans)
-        return kept
+        return plans
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training or _is_traced(x) or _is_transformed():
@@ -318,8 +324,12 @@ class FusedStages(Fused):
                 return self._compute(plan, self._tables(plan, kind), x)
             except torch.OutOfMemoryError:
                 raise
-            except Exception:
-                pass
+            except Exception as error:
+                out = self._one_by_one(plan, x)
+                if not any(stage._swinfast.failure for stage in self):
+                    problem = in_a_line(error)
+                    warnings.warn(f"stages failed together, and not one by one: {problem}", stacklevel=2)
+                return out
         return self._one_by_one(plan, x)
 
     def _one_by_one(self, plan: SequencePlan, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .errors import in_a_line
 
@@ -33,12 +34,15 @@ class Graph(NamedTuple):
         replay: Computes output from what is in input.
         input, output: Its own, the same at every replay.
         reads: What else it reads; kept alive with it.
+        memory: The tensors of reads under other names: a parameter can be given other memory, and a replay still reads
+            the old.
     """
 
     replay: Callable[[], None]
     input: Tensor
     output: Tensor
     reads: tuple
+    memory: tuple[Tensor, ...]
 
 
 class Graphs:
@@ -149,7 +153,8 @@ class Graphs:
             self.failure = in_a_line(error)
             warnings.warn(f"no CUDA graph from now on, since capturing one failed: {self.failure}", stacklevel=2)
             return None
-        self._graphs[key] = Graph(replay, static, output, reads)
+        memory = tuple(leaf.detach() for leaf in tree_leaves(reads) if isinstance(leaf, Tensor))
+        self._graphs[key] = Graph(replay, static, output, reads, memory)
         return self._graphs[key]
 
 
@@ -162,7 +167,7 @@ def capture(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callab
     key = device, stream_of(device)
     pool = _pools.get(key) or Pool(device)
     _pools[key] = pool
-    graph, side = torch.cuda.CUDAGraph(), _side_stream(device)
+    graph, side = torch.cuda.CUDAGraph(), _side_stream(*key)
     # a capture that fails at its end leaves its stream the current one: the stream around it comes back from there
     with (
         torch.cuda.device(device),
@@ -192,8 +197,11 @@ _pools: WeakValueDictionary[tuple[torch.device, int], Pool] = WeakValueDictionar
 
 
 @cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """To capture on: a stream of its own, where nobody else's work is captured along."""
+def _side_stream(device: torch.device, stream: int) -> torch.cuda.Stream:
+    """To capture on: a stream of its own, where nobody else's work is captured along.
+
+    Another for each stream that replays, since what the library works in belongs to the stream that captures.
+    """
     return torch.cuda.Stream(device)
 
 

@@ -105,10 +105,10 @@ class Plan:
             made = self._derive(derive)
             if kept is not None and overwrite(kept[1], made):
                 made = kept[1]
-            self.derivations += 1
             if self.parameters[0].is_cuda:  # other streams may use it from now on
                 torch.cuda.current_stream(self.parameters[0].device).synchronize()
             self._derived[kind] = versions, made
+            self.derivations += 1  # when all of it is there
         return made
 
     def _derive(self, derive: Callable[[Any], Any]) -> Any:

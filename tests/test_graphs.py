@@ -3,6 +3,7 @@ tensors, so that what a graph would read too late, too early or from the wrong p
 take the PyTorch backend for one that may be captured: Triton's interpreter is slow, and knows no threads."""
 
 import copy
+import gc
 import pickle
 import threading
 import time
@@ -14,6 +15,7 @@ import torch
 from graph_captures import DEVICE, Captures
 from helpers import SMALL, THREE, make, random_images, relative_rms
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import swinfast
 from swinfast import graphs, plan, torch_backend, triton_backend
@@ -204,6 +206,38 @@ def test_another_dtype_captures_anew(model, captures):
         outcome = swinfast.verify(model, fast, images())
         assert outcome.passed, outcome
     assert captures.captured == 2
+
+
+@pytest.mark.parametrize("move_them", [move, lambda either: either.stages[1].double().float()], ids=["data", "stage"])
+def test_a_graph_keeps_the_memory_that_it_reads(model, captures, move_them):
+    """The GPU is set to work before it is known that the weights lie elsewhere now."""
+    fast = optimised(model, "triton")
+    layer = fast.stages[1].blocks[0].mlp.fc1
+    for _ in range(2):
+        fast(images())
+    old = StorageWeakRef(layer.weight.untyped_storage())
+    for either in (model, fast):
+        move_them(either)
+        either.requires_grad_(False)
+    assert not old.expired()
+    assert_right(fast, model, images())
+    assert_right(fast, model, images())
+    gc.collect()
+    assert old.expired()  # with the graph
+
+
+def test_a_plan_that_cannot_hold_is_not_tried_again(model, captures):
+    fast = optimised(model)
+    for _ in range(3):
+        fast(images())
+    replayed = captures.replayed
+    fast.stages[0].blocks[0].attn.attn_drop.train()
+    fast(images())
+    assert fast.stages._swinfast.plan is None
+    tried = captures.replayed
+    fast.stages[0].blocks[0].attn.attn_drop.p = 0.0
+    fast(images())
+    assert replayed + 1 == tried
 
 
 def test_copies_carry_no_graphs(model, captures):
@@ -461,7 +495,7 @@ def test_graphs_of_a_stream_share_a_pool_that_dies_with_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     for name in ("device", "stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda device: nullcontext())
-    monkeypatch.setattr(graphs, "_side_stream", lambda device: None)
+    monkeypatch.setattr(graphs, "_side_stream", lambda device, stream: None)
     stream = 0
     monkeypatch.setattr(graphs, "stream_of", lambda device: stream)
     device = torch.device("cuda:0")
@@ -502,7 +536,7 @@ def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
-    monkeypatch.setattr(graphs, "_side_stream", lambda device: "the side stream")
+    monkeypatch.setattr(graphs, "_side_stream", lambda device, stream: "the side stream")
     monkeypatch.setattr(graphs, "stream_of", lambda device: 0)
     with pytest.raises(RuntimeError, match="previous error"):
         graphs.capture(lambda: None, torch.device("cuda:0"))

@@ -310,6 +310,15 @@ def test_measured_rows_come_first():
     assert config_tables.merge(rows, [row("mlp_half", channels=8)])[0]["kernel"] == "mlp_half"
 
 
+def test_rows_for_few_stay_before_those_for_any_number():
+    few, any_number = row(k=8, rows_max=64), row(k=8, source="any")
+    assert config_tables.merge([few], [any_number]) == [few, any_number]
+    old = row(k_max=99, source="old")
+    assert config_tables.merge([old, few], [any_number]) == [few, any_number, old]
+    assert config_tables.merge([any_number], [few]) == [few, any_number]
+    assert config_tables.merge([few], [row(k=8, rows_max=64, source="new")]) == [row(k=8, rows_max=64, source="new")]
+
+
 def test_rows_that_nothing_reaches_are_dropped():
     old = row(precision=("float16", "float32"), k=8, n=[16, 32], source="old")
     one, two = row(k=8, n=16), row(k=8, n=32)

@@ -29,6 +29,7 @@ from kernel_helpers import (
 from swinfast.kernels import configs, launch, tiles
 from swinfast.kernels import linear as module
 from swinfast.reference import ops
+from torch import nn
 
 CASES = {  # shape of x, columns, bias, GELU
     "qkv": ((2, 5, 7, 32), 96, True, False),
@@ -109,6 +110,21 @@ def test_what_no_descriptor_can_say_goes_without():
         assert launched[4:] == [module._persistent_linear_kernel]
     with two_programs():
         assert module.linear(args["x"][:0], args["weight"], args["bias"], True).shape == (0, 24)
+
+
+class Linear(nn.Module):
+    def forward(self, x, weight, bias):
+        return torch.ops.swinfast.linear(x, weight, bias, True)
+
+
+@pytest.mark.parametrize("sizes", [PERSISTENT, {"use": "library"}], ids=["persistent", "library"])
+def test_a_graph_is_for_any_number_of_rows(sizes):
+    args = tuple(arguments((40, 48), 24, True, True, torch.float16).values())[:3]
+    with blocks(**sizes), torch.no_grad():
+        rows = {0: torch.export.Dim("rows", min=1, max=1 << 20)}
+        exported = torch.export.export(Linear(), args, dynamic_shapes=(rows, None, None), strict=True).module()
+        x = torch.cat([args[0]] * 3)
+        assert torch.equal(exported(x, *args[1:]), module.linear(x, *args[1:], True))
 
 
 @each_dtype
