@@ -222,7 +222,9 @@ def test_host_overhead_by_operation():
             ("b", "x", "2", "12.4"),
         )
     ]
+    rows = [rows[0] | {"commit": "old", "operation": "gone"}, *(row | {"commit": "new"} for row in rows)]
     table = tables.overhead(rows)
+    assert "gone" not in table
     assert line_of(table, "one") == ["`m`", "float16", "one", "4", "15.0", "60"]  # of a repeated one the last
     assert line_of(table, "all") == ["`m`", "float16", "all", "6", "12.1", "72"]
 

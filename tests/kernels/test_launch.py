@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import test_attention_block
 import test_linear
+import test_norm_residual
 import torch
 from kernel_helpers import DEVICE, DTYPES, assert_as_right_as_plain, check, mutant, run
 from swinfast.kernels import attention_block, launch, linear, norm_residual, tiles, window_attention
@@ -75,7 +76,7 @@ def test_arch():
 def test_cpu_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match=r"^Triton kernels run on a GPU, got tensors on cpu.*TRITON_INTERPRET=1"):
-        linear.linear(*test_linear.arguments((2, 4), 3, True, False).values())
+        norm_residual.norm_residual(*test_norm_residual.arguments((2, 4), False).values())
 
 
 @contextmanager
