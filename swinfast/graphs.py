@@ -78,8 +78,7 @@ class Graphs:
             compute: What is captured.
             plain: The same without a graph.
         """
-        stream = x.device, stream_of(x.device)
-        key = (x.shape, x.dtype, stream, kind)
+        stream, key = _signature(x, kind)
         with self._lock:
             if key in self._graphs or key in self._seen:
                 tables = reads()
@@ -109,8 +108,7 @@ class Graphs:
             holds: Whether the plan does that the graphs are of.
             made: How many times anything of what is read was computed.
         """
-        stream = x.device, stream_of(x.device)
-        key = (x.shape, x.dtype, stream, kind)
+        stream, key = _signature(x, kind)
         if key not in self._graphs:
             return None
         with self._lock, _turns.setdefault(stream, threading.Lock()):
@@ -156,6 +154,12 @@ class Graphs:
         memory = tuple(leaf.detach() for leaf in tree_leaves(reads) if isinstance(leaf, Tensor))
         self._graphs[key] = Graph(replay, static, output, reads, memory)
         return self._graphs[key]
+
+
+def _signature(x: Tensor, kind: Hashable) -> tuple[tuple[torch.device, int], Hashable]:
+    """(device and stream that a graph replays on, what there is one graph for)."""
+    stream = x.device, stream_of(x.device)
+    return stream, (x.shape, x.dtype, stream, kind)
 
 
 def capture(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:

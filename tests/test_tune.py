@@ -352,10 +352,10 @@ def test_a_written_table_is_used(monkeypatch, tmp_path):
         configs.forget()
 
 
-def times_of(fused: float, other: float) -> dict:
+def times_of(fused: float, other: float, batch: int = 256) -> dict:
     model, us = meta_model("small"), {}
     for choice in (None, *map(choose_forms, FORMS.values())):
-        for case in cases_of(model, 256, "float16", "sm_90", choice):
+        for case in cases_of(model, batch, "float16", "sm_90", choice):
             us[case.key] = fused if case.operation in ("attention_block", "mlp_block") else other
     return us
 
@@ -377,11 +377,7 @@ def test_compositions():
 
 def test_compositions_for_few_rows():
     """They hold for few rows, and attention, whose table is the same for any number, is not asked for."""
-    us = {}
-    for choice in (None, *map(choose_forms, FORMS.values())):
-        for case in cases_of(meta_model("small"), 2, "float16", "sm_90", choice):
-            us[case.key] = 1.0 if case.operation in ("attention_block", "mlp_block") else 10.0
-    found = forms.form_rows(["small"], 2, "float16", "sm_90", us, ABOUT)
+    found = forms.form_rows(["small"], 2, "float16", "sm_90", times_of(1, 10, batch=2), ABOUT)
     uses = {(one["kernel"], one["blocks"]["use"]) for one in found}
     assert uses >= {("mlp_half", "mlp_block"), ("projection", "linear_norm_residual")}
     assert "attention_half" not in dict(uses)
