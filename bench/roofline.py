@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from swinfast.kernels.gate import job_of
+from swinfast.kernels.gate import Job, job_of
 from swinfast.kernels.launch import Launch, record
 from tabulate import tabulate
 from torch import Tensor
@@ -64,20 +64,17 @@ def kernel_of(launch: Launch) -> str:
 
 def predict(launches: Sequence[Launch], precision: str, gpu: Gpu) -> list[Row]:
     """Rows of a forward's launches on a GPU, in the order of their first."""
-    groups: dict[tuple, list[Launch]] = {}
+    groups: dict[tuple, list[tuple[Launch, Job | None]]] = {}
     for launch in launches:
-        what = job_of(launch, gpu.arch, precision).key if launch.kernel else tuple(launch.constants.items())
-        groups.setdefault((what, launch.programs), []).append(launch)
+        job = job_of(launch, gpu.arch, precision) if launch.kernel else None
+        what = job.key if job else tuple(launch.constants.items())
+        groups.setdefault((what, launch.programs), []).append((launch, job))
     rows = []
     for group in groups.values():
-        first, count, issued, shape = group[0], len(group), 0.0, ""
-        if first.kernel:
-            job = job_of(first, gpu.arch, precision)
-            shape = job.shape
-            if job.kernel != PERSISTENT:
-                issued = first.programs * job.num_warps * issued_instructions(job)
-        else:
-            shape = f"n={first.constants['N']} k={first.constants['K']} by PyTorch's library"
+        (first, job), count, issued = group[0], len(group), 0.0
+        shape = job.shape if job else f"n={first.constants['N']} k={first.constants['K']} by PyTorch's library"
+        if job and job.kernel != PERSISTENT:
+            issued = first.programs * job.num_warps * issued_instructions(job)
         flops, moved = flops_of(first, kernel_of(first)), bytes_of(first)
         times = flops / gpu.matrix_rate(precision), moved / (1e12 * gpu.bandwidth), issued / gpu.issue_rate
         sums = (count * number for number in (flops, moved, *times))
