@@ -1,0 +1,72 @@
+"""graphs.capture by itself, on stand-ins for what it calls of PyTorch: pools of memory and streams."""
+
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from swinfast import graphs
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="test_gpu has the real thing, and a capture broken at its end may break others"
+)
+
+
+def test_graphs_of_a_stream_share_a_pool_that_dies_with_them(monkeypatch):
+    pools = []
+
+    def record(graph, pool, stream, capture_error_mode):
+        pools.append(pool)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    for name in ("device", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: nullcontext())
+    monkeypatch.setattr(graphs, "_side_stream", lambda device, stream: None)
+    stream = 0
+    monkeypatch.setattr(graphs, "stream_of", lambda device: stream)
+    device = torch.device("cuda:0")
+    kept = [graphs.capture(lambda: None, device) for _ in range(2)]
+    stream = 1
+    kept.append(graphs.capture(lambda: None, device))
+    assert pools[0] is pools[1]
+    assert pools[2] is not pools[0]
+    del kept[:2]
+    stream = 0
+    kept.append(graphs.capture(lambda: None, device))
+    assert pools[3] not in pools[:3]
+
+
+def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch):
+    """torch.cuda.graph ends the capture before it goes back to the caller's stream, which an error there prevents."""
+    current = ["the caller's"]
+
+    @contextmanager
+    def stream(one):
+        before = list(current)
+        current[:] = [one]
+        try:
+            yield
+        finally:
+            current[:] = before
+
+    @contextmanager
+    def graph(graph, pool, stream, capture_error_mode):
+        current[:] = [stream]
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(graphs, "_side_stream", lambda device, stream: "the side stream")
+    monkeypatch.setattr(graphs, "stream_of", lambda device: 0)
+    with pytest.raises(RuntimeError, match="previous error"):
+        graphs.capture(lambda: None, torch.device("cuda:0"))
+    assert current == ["the caller's"]
