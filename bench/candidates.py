@@ -32,8 +32,10 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "attention_block": {"num_warps": (4, 8, 16), "num_stages": (1, 2, 3)},
 }  # fmt: skip
 LAUNCH = ("num_warps", "num_stages")
+REGISTERS = {4: (96, 128, 168), 8: (80, 128)}  # limits, by a program's warps: each makes room for one more program
 LIBRARY = Config({"use": "library"}, 4, 1, "a candidate")  # of linear
 IN_TILES = ("linear_norm_residual", "mlp_block", "attention_block")  # rows of channels: in three tiles or in one
+FEW_REGISTERS = ("norm_residual", "merge_norm")
 DESCRIBES = ("sm_90", "sm_100")  # architectures with an engine that copies what a descriptor describes
 SIXTEEN_BITS = ("float16", "bfloat16")  # have the same instructions, and rows in common
 FEW = 4096  # rows, up to which candidates lie around those of AROUND, with more and smaller programs than the present
@@ -73,9 +75,18 @@ def candidates(
     center = AROUND.get(kernel, present) if sizes.get("rows", MANY) <= FEW else present
     if "use" in center.blocks:  # no distance from a library
         center = Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3, "")
+    found += [one for one in _limited(kernel, present, arch) if plausible(kernel, sizes, precision, one, arch)]
     found.sort(key=lambda one: _distance(one, center))
     library = [LIBRARY] if kernel == "linear" and "use" not in present.blocks else []
     return [present, *library, *found[: most - len(library)]]
+
+
+def _limited(kernel: str, present: Config, arch: str) -> list[Config]:
+    """The present choice with limits of its registers, or other ones, where the kernel keeps many."""
+    if not arch.startswith("sm_") or "use" in present.blocks or kernel in FEW_REGISTERS:
+        return []
+    limits = [limit for limit in REGISTERS.get(present.num_warps, ()) if limit != present.blocks.get("maxnreg")]
+    return [present._replace(blocks=present.blocks | {"maxnreg": limit}, source="a candidate") for limit in limits]
 
 
 def plausible(kernel: str, sizes: dict[str, int], precision: str, candidate: Config, arch: str) -> bool:
@@ -99,7 +110,7 @@ def plausible(kernel: str, sizes: dict[str, int], precision: str, candidate: Con
         return False
     if not PER_THREAD[0] <= blocks["BLOCK_M"] * width / threads <= PER_THREAD[1]:
         return False
-    if kernel in ("norm_residual", "merge_norm"):
+    if kernel in FEW_REGISTERS:
         return True
     depth = blocks.get("BLOCK_K") or blocks["BLOCK_HIDDEN"]
     stage_bytes = (blocks["BLOCK_M"] + width) * depth * PRECISIONS[precision].itemsize
@@ -111,6 +122,8 @@ def _width(candidate: Config, channels: int) -> int:
 
 
 def _distance(one: Config, other: Config) -> float:
-    """Doublings of blocks and warps, and stages, that lie between two configurations."""
-    steps = sum(abs(math.log2(size / other.blocks.get(name, size))) for name, size in one.blocks.items())
-    return steps + abs(math.log2(one.num_warps / other.num_warps)) + abs(one.num_stages - other.num_stages)
+    """Doublings of blocks and warps, stages, and a limit of registers, that lie between two configurations."""
+    sizes = {name: size for name, size in one.blocks.items() if name != "maxnreg"}
+    steps = sum(abs(math.log2(size / other.blocks.get(name, size))) for name, size in sizes.items())
+    limited = one.blocks.get("maxnreg") != other.blocks.get("maxnreg")
+    return steps + abs(math.log2(one.num_warps / other.num_warps)) + abs(one.num_stages - other.num_stages) + limited

@@ -22,8 +22,7 @@ def issued_instructions(job: Job) -> float:
     """
     kernel = getattr(importlib.import_module(job.module), job.function)
     source = ASTSource(kernel, job.signature, job.constants, job.attrs)
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
-    compiled = triton.compile(source, target=ARCHS[job.arch].target, options=options)
+    compiled = triton.compile(source, target=ARCHS[job.arch].target, options=job.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -56,11 +56,6 @@ def find_targets(
     return sorted(targets, key=lambda target: (not target.in_use, -target.worth))
 
 
-def tile(config: Config) -> str:
-    """A configuration in short: 128x64x32 w4 s3."""
-    return f"{'x'.join(map(str, config.blocks.values())) or '-'} w{config.num_warps} s{config.num_stages}"
-
-
 class Log:
     """Outcomes as lines of a file. Each says of what it is, so that only those of the same thing count again."""
 

@@ -25,7 +25,7 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from swinfast.kernels.configs import FOLDER, MANY, Config, override
+from swinfast.kernels.configs import FOLDER, MANY, Config, override, tile
 from swinfast.kernels.gate import ARCHS, Job, Measured, compile_ahead, job_of, problems
 from swinfast.kernels.launch import arch_of
 from swinfast.kernels.shapes import PRECISIONS
@@ -40,7 +40,7 @@ from bench.kernels import KERNELS, compilers, problem_of
 from bench.peaks import Timer, timer_of
 from bench.provenance import provenance
 from bench.tables import slug
-from bench.targets import Log, Target, find_targets, tile
+from bench.targets import Log, Target, find_targets
 from swinfast.predict import resolve_device
 
 RESULTS = Path(__file__).parent / "results"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from .configs import tile
 from .gate import ARCHS, Job, Measured, job_of, measure, problems, programs_per_unit
 from .launch import INTERPRETED
 from .shapes import PRECISIONS, VARIANTS, launches
@@ -130,7 +131,7 @@ def _row(job: Job, measured: Measured) -> dict:
         "shape": job.shape,
         "precision": job.precision,
         "arch": job.arch,
-        "tile": job.tile,
+        "tile": tile(job),
         "registers": measured.registers,
         "spilled": measured.spilled,
         "shared": measured.shared,

@@ -20,7 +20,8 @@ class Config(NamedTuple):
     """One choice.
 
     Attributes:
-        blocks: Tile sizes by the names of the kernel's constexprs; for a form, which kernel ("use").
+        blocks: Tile sizes by the names of the kernel's constexprs; for a form, which kernel ("use"). "maxnreg" limits
+            the registers of a thread, so that more programs fit a multiprocessor.
         num_warps, num_stages: As Triton takes them.
         source: Where the choice came from.
     """
@@ -100,6 +101,13 @@ def matches(when: dict[str, Any], shape: dict[str, int]) -> bool:
         elif shape[key] not in (wanted if isinstance(wanted, list) else [wanted]):
             return False
     return True
+
+
+def tile(chosen: Any) -> str:
+    """The blocks, warps, stages and limit of registers of a Config (or a gate.Job) in short: 128x64x32 w4 s3 r168."""
+    limit = chosen.blocks.get("maxnreg")
+    blocks = "x".join(str(size) for name, size in chosen.blocks.items() if name != "maxnreg") or "-"
+    return f"{blocks} w{chosen.num_warps} s{chosen.num_stages}{f' r{limit}' if limit else ''}"
 
 
 def cdiv(size: int, block: int) -> int:

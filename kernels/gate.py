@@ -71,6 +71,12 @@ class Job(NamedTuple):
     key: str  # the same for two jobs that compile the same
 
     @property
+    def options(self) -> dict[str, int]:
+        """What Triton compiles with."""
+        limit = {"maxnreg": self.blocks["maxnreg"]} if "maxnreg" in self.blocks else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit
+
+    @property
     def kernel(self) -> str:
         """linear, merge_norm, …, and cpb_bias.table for a module of several kernels."""
         module = self.module.rpartition(".")[2]
@@ -86,12 +92,6 @@ class Job(NamedTuple):
             if name not in DERIVED and name not in self.blocks and value is not False:
                 words.append(name.lower() if value is True else f"{name.lower()}={value}")
         return " ".join(words)
-
-    @property
-    def tile(self) -> str:
-        """Blocks, warps and stages of the configuration, in short."""
-        blocks = "x".join(str(size) for size in self.blocks.values()) or "-"
-        return f"{blocks} w{self.num_warps} s{self.num_stages}"
 
 
 class Measured(NamedTuple):
@@ -113,8 +113,7 @@ def job_of(launched: Launch, arch: str, precision: str) -> Job:
     bound, specialization, _ = bind(*launched.args, **kwargs)
     _, signature, constants, attrs = kernel._pack_args(backend, kwargs, bound, specialization, None)
     named = {kernel.arg_names[path[0]]: value for path, value in constants.items()}
-    what = (triton.__version__, kernel.cache_key, signature, named, attrs, config.num_warps, config.num_stages, arch)
-    return Job(
+    job = Job(
         arch=arch,
         precision=precision,
         module=kernel.fn.__module__,
@@ -126,8 +125,10 @@ def job_of(launched: Launch, arch: str, precision: str) -> Job:
         num_stages=config.num_stages,
         blocks=config.blocks,
         named=named,
-        key=hashlib.sha256(repr(what).encode()).hexdigest(),
+        key="",
     )
+    what = (triton.__version__, kernel.cache_key, signature, named, attrs, *job.options.values(), arch)
+    return job._replace(key=hashlib.sha256(repr(what).encode()).hexdigest())
 
 
 @cache
@@ -147,9 +148,8 @@ def compile_ahead(job: Job) -> Measured:
     """Compile one job into Triton's cache, where a launch on such a GPU finds it."""
     kernel = getattr(importlib.import_module(job.module), job.function)
     source = ASTSource(kernel, job.signature, job.constants, job.attrs)
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
     try:
-        compiled = triton.compile(source, target=ARCHS[job.arch].target, options=options)
+        compiled = triton.compile(source, target=ARCHS[job.arch].target, options=job.options)
     except Exception as error:  # whatever a compiler throws is what the row reports
         return Measured(error=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200])
     assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]

@@ -106,6 +106,7 @@ def test_windows_of_other_sizes_compile(gate):
     [
         ("sm_80", {"BLOCK_M": 512, "BLOCK_N": 128, "BLOCK_K": 32}, 2, "spills"),
         ("sm_89", {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 6, "shared memory, there are 99"),
+        ("sm_80", {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "maxnreg": 40}, 2, "spills"),  # 77 without
     ],
 )
 def test_gate_refuses_a_bad_tile(gate, arch, blocks, num_stages, reason):

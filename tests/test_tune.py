@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from swinfast.kernels import configs
-from swinfast.kernels.configs import FOLDER, Config, config
+from swinfast.kernels.configs import FOLDER, Config, config, tile
 from swinfast.kernels.gate import Measured
 from swinfast.kernels.patch_embed import patch_embed
 
 from bench import OUT_OF_TIME, config_tables, forms, tune
-from bench.candidates import GRIDS, LIBRARY, candidates
+from bench.candidates import GRIDS, LIBRARY, REGISTERS, candidates
 from bench.cases import FORMS, cases_of, choose_forms, meta_model
-from bench.targets import Log, find_targets, tile
+from bench.targets import Log, find_targets
 
 ABOUT = {"device": "a card", "torch": "1", "triton": "2", "source": "measured"}
 PRESENT = Config({"BLOCK_M": 8}, 4, 1, "a test")
@@ -245,7 +245,7 @@ def test_candidates(kernel):
     found = candidates(kernel, sizes, "float16", present, "sm_90", 1000)
     assert found[0] is present
     assert len({tile(one) for one in found}) == len(found) >= 9
-    optional = {"TILE", "IMAGES", "PER_UNIT"}
+    optional = {"TILE", "IMAGES", "PER_UNIT", "maxnreg"}
     keys = {frozenset(one.blocks.keys() - optional) for one in found if one is not LIBRARY}
     assert keys == {frozenset(present.blocks.keys() - optional)}
     assert (LIBRARY in found) == (kernel == "linear")
@@ -263,11 +263,31 @@ def test_candidates(kernel):
         ("linear_norm_residual", {"channels": 192, "k": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x64 w4 s2"),
         ("attention_block", {"channels": 192, "tokens": 64, "stream_bytes": 2}, "- w4 s1"),
         ("window_attention", {"tokens": 49, "block_d": 32}, "64x64x4 w4 s3"),
+        ("window_attention", {"tokens": 49, "block_d": 32}, "64x64x8 w4 s3 r96"),
+        ("mlp_block", {"channels": 96, "stream_bytes": 2, "rows": 1 << 20}, "64x32 w4 s2 r96"),
     ],
 )
 def test_promising_candidates_are_tried(kernel, sizes, wanted):
     present = config(kernel, "sm_90", "float16", **sizes)
     assert wanted in [tile(one) for one in candidates(kernel, sizes, "float16", present, "sm_90")]
+
+
+def test_limits_of_registers():
+    """Around the present choice alone: those of its warps, and none where it has one; never on AMD's."""
+    sizes = {"channels": 96, "stream_bytes": 2, "rows": 1 << 20}
+    present = config("mlp_block", "sm_90", "float16", **sizes)
+    blocks = {name: size for name, size in present.blocks.items() if name != "maxnreg"}
+
+    def limits(limit, arch="sm_90"):
+        own = present._replace(blocks=blocks | limit)
+        tried = candidates("mlp_block", sizes, "float16", own, arch, 1000)[1:]
+        near = [one for one in tried if one.blocks.items() >= blocks.items() and one[1:3] == own[1:3]]
+        assert all(one in near for one in tried if "maxnreg" in one.blocks)
+        return [one.blocks.get("maxnreg") for one in near if "TILE" not in one.blocks]
+
+    assert limits({}) == list(REGISTERS[4])
+    assert limits({"maxnreg": 96}) == [None, 128, 168]
+    assert limits({}, "gfx942") == []
 
 
 def test_implausible_candidates_are_not():
@@ -280,7 +300,8 @@ def test_implausible_candidates_are_not():
     assert {blocks["BLOCK_N"] for blocks in narrow} == {32, 64, 128}  # 256 would waste 224 columns
     assert all(blocks["BLOCK_K"] <= 64 for blocks in tiles("patch_embed", channels=96, k=48, rows=1 << 20))
     assert all(blocks["BLOCK_M"] <= 64 for blocks in tiles("patch_embed", channels=96, k=48, rows=64))
-    assert all(max(blocks.values()) <= 64 for blocks in tiles("window_attention", tokens=49, block_d=32))
+    attention = tiles("window_attention", tokens=49, block_d=32)
+    assert all(max(blocks["BLOCK_M"], blocks["BLOCK_N"]) <= 64 for blocks in attention)
     fits = [len(tiles("linear", precision, k=384, n=1536, **many)) for precision in ("float32", "float16")]
     assert fits[0] < fits[1]  # shared memory
     assert any("PER_UNIT" in blocks for blocks in tiles("linear", k=384, n=1536, **many))

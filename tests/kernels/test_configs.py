@@ -123,9 +123,13 @@ def test_tables(file):
         elif row["kernel"] == "linear" and "use" in row["blocks"]:
             assert row["blocks"] == {"use": "library"}, row
         else:
+            blocks = dict(row["blocks"])
+            if "maxnreg" in blocks:  # an option of NVIDIA's compiler
+                assert file.stem.startswith("sm_"), row
+                assert blocks.pop("maxnreg") in range(24, 256, 8), row
             optional = OPTIONAL.get(row["kernel"], set())
-            assert row["blocks"].keys() - optional == BLOCKS[row["kernel"]], row
-            assert all(is_power_of_two(size) for size in row["blocks"].values()), row
+            assert blocks.keys() - optional == BLOCKS[row["kernel"]], row
+            assert all(is_power_of_two(size) for size in blocks.values()), row
             assert row["num_warps"] in (1, 2, 4, 8, 16), row
             assert 1 <= row["num_stages"] <= 8, row
 

@@ -71,6 +71,11 @@ def test_blocks(sizes):
         check(module.linear, ops.linear, arguments(*CASES["tails"]), torch.float32)
 
 
+def test_a_limit_of_registers_is_no_size():
+    with blocks(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, maxnreg=96):
+        check(module.linear, ops.linear, arguments(*CASES["tails"]), torch.float32)
+
+
 PERSISTENT = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "PER_UNIT": 1}
 DESCRIBED = {  # whole and cut tiles, more and fewer of them than programs
     "tails": ((300, 48), 136, True, True),
