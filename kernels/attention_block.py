@@ -3,7 +3,8 @@
     x and y [B, H, W, C], qkv weight [3C, C], proj weight [C, C]; table from cpb_bias
 
 One program computes one window from end to end: q, k and v of one head at a time, its attention, and its share of the
-projection's sums, so nothing but x and y touches memory. That is for windows of at most 64 tokens and few channels; for
+projection's sums, so nothing but x and y touches memory. q and k get their lengths before they are rounded, and logits
+are summed on top of the biases. That is for windows of at most 64 tokens and few channels; for
 others linear, window_attention and linear_norm_residual.
 Definition: reference.ops.attention_block. Source: as window_attention.
 """
@@ -69,20 +70,21 @@ def _attention_block_kernel(
 
     acc = zeros(SLOTS, TILE, COUNT)
     d = tl.arange(0, BLOCK_D)
+    dtype: tl.constexpr = qkv_weight.dtype.element_ty
     for head in range(0, HEADS):
         channel = head * HEAD_DIM
         q = _project(tiles, qkv_weight + channel * C, qkv_bias + channel, HEAD_DIM, BLOCK_D, C, TILE, COUNT, PRECISION)
+        q *= (reciprocal_length(q) * softmax_scale(tl.load(logit_scale + head)))[:, None]
         channel += C
         k = _project(tiles, qkv_weight + channel * C, qkv_bias + channel, HEAD_DIM, BLOCK_D, C, TILE, COUNT, PRECISION)
-        channel += C
-        v = _project(tiles, qkv_weight + channel * C, qkv_bias + channel, HEAD_DIM, BLOCK_D, C, TILE, COUNT, PRECISION)
-        q_factor = reciprocal_length(q) * softmax_scale(tl.load(logit_scale + head))
-        logits = dot(q, tl.trans(k), tl.zeros((SLOTS, SLOTS), tl.float32), PRECISION)
-        logits = logits * q_factor[:, None] * reciprocal_length(k)[None, :]
-        logits += tl.load(table + head * (SLOTS * SLOTS)).to(tl.float32)
+        k *= reciprocal_length(k)[:, None]
+        bias = tl.load(table + head * (SLOTS * SLOTS)).to(tl.float32)
+        logits = dot(q.to(dtype), tl.trans(k.to(dtype)), bias, PRECISION)
         p = tl.exp2(logits - tl.max(logits, axis=1)[:, None])
-        attended = dot(p.to(v.dtype), v, tl.zeros((SLOTS, BLOCK_D), tl.float32), PRECISION)
-        attended = (attended / tl.sum(p, axis=1)[:, None]).to(v.dtype)
+        channel += C  # v comes after the softmax, where it takes the shared memory of k
+        v = _project(tiles, qkv_weight + channel * C, qkv_bias + channel, HEAD_DIM, BLOCK_D, C, TILE, COUNT, PRECISION)
+        attended = dot(p.to(dtype), v.to(dtype), tl.zeros((SLOTS, BLOCK_D), tl.float32), PRECISION)
+        attended = (attended * (1.0 / tl.sum(p, axis=1))[:, None]).to(dtype)
         summed = ()
         for t in tl.static_range(COUNT):
             column = t * TILE + tl.arange(0, TILE)
@@ -95,7 +97,7 @@ def _attention_block_kernel(
         acc = summed
     acc = add_vector(acc, proj_bias, C, TILE, COUNT)
     acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
-    acc = add_rows(acc, tiles, COUNT)
+    acc = add_rows(acc, load_rows(x + offset, inside, C, TILE, COUNT, True), COUNT)
     store_rows(out + offset, acc, inside, C, TILE, COUNT)
 
 
@@ -104,15 +106,14 @@ def _project(
     tiles, weight, bias, N: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
     COUNT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head's q, k or v of the window, rounded to the dtype of weight; channels beyond the head are zero."""
+    """One head's q, k or v of the window, in float32; channels beyond the head are zero."""
     d = tl.arange(0, BLOCK_D)
     acc = tl.zeros((tiles[0].shape[0], BLOCK_D), tl.float32)
     for t in tl.static_range(COUNT):
         column = t * TILE + tl.arange(0, TILE)
         w = load_transposed(weight, d, column, N, C, N == BLOCK_D and TILE * COUNT == C)
         acc = dot(tiles[t].to(w.dtype), w, acc, PRECISION)
-    acc += tl.load(bias + d, mask=d < N, other=0.0).to(tl.float32)[None, :]
-    return acc.to(weight.dtype.element_ty)
+    return acc + tl.load(bias + d, mask=d < N, other=0.0).to(tl.float32)[None, :]
 
 
 def slots(window_size: tuple[int, int]) -> int:

@@ -152,33 +152,25 @@ def _window_attention_kernel(
         there = inside & present
         q = _load_head(qkv + token * (3 * C), qkv_bias, there, i < TOKENS, HEAD_DIM, BLOCK_D, PADDED)
         q_factor = reciprocal_length(q) * scale
-        logits, v = _logits(
-            first_keys, q, q_factor, qkv, qkv_bias, present, C, HEAD_DIM, PADDED, BLOCK_D, PRECISION,
-        )  # fmt: skip
+        logits, v = _logits(first_keys, q, q_factor, qkv, qkv_bias, present, C, HEAD_DIM, PADDED, BLOCK_D, PRECISION)
         largest = tl.max(logits, axis=1)
         p = tl.exp2(logits - largest[:, None])
         total = tl.sum(p, axis=1)
         acc = dot(p.to(v.dtype), v, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
         if WHOLE > BLOCK_N:  # else the first block is of another size, and the compiler minds even a loop of no turns
             for start in range(FIRST, WHOLE, BLOCK_N):
-                keys = _keys(
-                    start, table, window_row, window_column, height, width,
-                    C, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, BLOCK_N,
+                acc, total, largest = _further_keys(
+                    acc, total, largest, start, table, window_row, window_column, height, width, q, q_factor,
+                    qkv, qkv_bias, present,
+                    C, HEAD_DIM, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, BLOCK_D, BLOCK_N, PRECISION,
                 )  # fmt: skip
-                logits, v = _logits(
-                    keys, q, q_factor, qkv, qkv_bias, present, C, HEAD_DIM, PADDED, BLOCK_D, PRECISION,
-                )  # fmt: skip
-                acc, total, largest = _accumulate(acc, total, largest, logits, v, PRECISION)
         if WHOLE > 0 and TAIL > 0:
-            keys = _keys(
-                WHOLE, table, window_row, window_column, height, width,
-                C, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, TAIL,
+            acc, total, largest = _further_keys(
+                acc, total, largest, WHOLE, table, window_row, window_column, height, width, q, q_factor,
+                qkv, qkv_bias, present,
+                C, HEAD_DIM, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, BLOCK_D, TAIL, PRECISION,
             )  # fmt: skip
-            logits, v = _logits(
-                keys, q, q_factor, qkv, qkv_bias, present, C, HEAD_DIM, PADDED, BLOCK_D, PRECISION,
-            )  # fmt: skip
-            acc, total, largest = _accumulate(acc, total, largest, logits, v, PRECISION)
-        acc = acc / total[:, None]
+        acc = acc * (1.0 / total)[:, None]
         tl.store(
             (out + token * C)[:, None] + d[None, :],
             acc.to(out.dtype.element_ty),
@@ -218,8 +210,17 @@ def _logits(
 
 
 @triton.jit
-def _accumulate(acc, total, largest, logits, v, PRECISION: tl.constexpr):
+def _further_keys(
+    acc, total, largest, start, table, window_row, window_column, height, width, q, q_factor, qkv, qkv_bias, present,
+    C: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_H: tl.constexpr,
+    SHIFT_W: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Take another block of keys into a softmax: its powers are relative to the largest logit so far."""
+    keys = _keys(
+        start, table, window_row, window_column, height, width,
+        C, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED, BLOCK,
+    )  # fmt: skip
+    logits, v = _logits(keys, q, q_factor, qkv, qkv_bias, present, C, HEAD_DIM, PADDED, BLOCK_D, PRECISION)
     new = tl.maximum(largest, tl.max(logits, axis=1))
     shrink = tl.exp2(largest - new)
     p = tl.exp2(logits - new[:, None])

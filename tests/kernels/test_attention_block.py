@@ -136,18 +136,19 @@ def test_errors():
 
 # fmt: off
 MUTANTS = {
-    "no bias": ("tiny", module, "logits += tl.load(table", "_ = tl.load(table"),
+    "no bias": ("tiny", module, "bias = tl.load(table + head * (SLOTS * SLOTS))",
+                "bias = tl.zeros((SLOTS, SLOTS), tl.float32)"),
     "bias transposed": ("tiny", module, "i[:, None] * SLOTS + i[None, :]", "i[None, :] * SLOTS + i[:, None]"),
     "bias of another head": ("tiny", module, "table + head *", "table + (head + 1) % HEADS *"),
     "row shift off by one": ("tiny", window_attention, "row += SHIFT_H % height", "row += SHIFT_H - 1"),
     "column shift off by one": ("tiny", window_attention, "column += SHIFT_W % width", "column += SHIFT_W + 1"),
     "no logit clamp": ("tiny", window_attention, "LARGEST_LOGIT_SCALE, prop", "100.0, prop"),
     "no q norm": ("tiny", module, "reciprocal_length(q) *", "(reciprocal_length(q) * 0 + 1) *"),
-    "no k norm": ("tiny", module, " * reciprocal_length(k)[None, :]", ""),
+    "no k norm": ("tiny", module, "k *= reciprocal_length(k)[:, None]", "pass"),
     "no log2(e)": ("tiny", window_attention, "tl.exp2(scale * LOG2_E) * LOG2_E", "tl.exp2(scale * LOG2_E)"),
     "window types swapped": ("tiny", module, "(window_row == windows_h - 1).to(tl.int32) + 2 *",
                              "2 * (window_row == windows_h - 1).to(tl.int32) +"),
-    "no qkv bias": ("tiny", module, "acc += tl.load(bias + d", "_ = tl.load(bias + d"),
+    "no qkv bias": ("tiny", module, "return acc + tl.load(bias + d", "return acc + 0 * tl.load(bias + d"),
     "padded keys left out": ("padded", module, "p = tl.exp2(logits",
                              "logits = tl.where(inside[None, :], logits, float('-inf'))\n        p = tl.exp2(logits"),
     "slots past the window not masked":
