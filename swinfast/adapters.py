@@ -24,6 +24,9 @@ HOOKS = (
 )
 
 
+WEIGHTS = ("weight", "bias", "logit_scale")
+
+
 class Adapter(NamedTuple):
     """How one kind of module of one family is read."""
 
@@ -50,6 +53,11 @@ def why_not(adapter: Adapter, module: nn.Module) -> str | None:
         return next(adapter.check(module), None)
     except AttributeError as error:  # the type's name is known, its insides are not
         return f"its structure is not that of a {adapter.type_name}: {error}"
+
+
+def dropouts(module: nn.Module) -> list[nn.Module]:
+    """What makes a module's answers random where it is in training mode, though the module may not be."""
+    return [m for m in module.modules() if isinstance(m, nn.Dropout) or type(m).__name__ == "DropPath"]
 
 
 def _read_patch_embed(module: nn.Module) -> PatchEmbedSpec:
@@ -102,8 +110,9 @@ def _check_stage(module: nn.Module) -> Iterator[str]:
         yield "it has no blocks"
     for index, block in enumerate(module.blocks):
         prefix = f"blocks.{index}."
-        if type(block).__name__ != "SwinTransformerV2CrBlock":
-            yield f"{prefix[:-1]} is a {type(block).__name__}, expected SwinTransformerV2CrBlock"
+        known = "SwinTransformerV2CrBlock"
+        if not _is_a(known, block, module):
+            yield f"{prefix[:-1]} is a {_other_name(block, known)}, expected {known}"
         yield from _check_block(block, prefix)
     yield from _check_insides(module)
 
@@ -144,18 +153,36 @@ def _check_children(module: nn.Module, prefix: str, expected: dict) -> Iterator[
         if child is None:
             if None not in types:
                 yield f"{prefix}{name} is missing"
-        elif type(child) not in types and type(child).__name__ not in types:
+        elif type(child) not in types and not any(isinstance(t, str) and _is_a(t, child, module) for t in types):
             known = " or ".join(t if isinstance(t, str) else t.__name__ for t in types if t is not None)
-            yield f"{prefix}{name} is a {type(child).__name__}, expected {known}"
+            yield f"{prefix}{name} is a {_other_name(child, known)}, expected {known}"
+
+
+@torch.compiler.assume_constant_result
+def _is_a(name: str, child: nn.Module, parent: nn.Module) -> bool:
+    """Whether a child is of the type that its parent's own file knows by a name."""
+    home = sys.modules.get(getattr(type(parent), "original", type(parent)).__module__)
+    return type(child).__name__ == name and getattr(home, name, None) is type(child)
+
+
+def _other_name(module: nn.Module, known: str) -> str:
+    cls = type(module)
+    return f"{cls.__module__}.{cls.__name__}" if cls.__name__ in known else cls.__name__
 
 
 def _check_insides(module: nn.Module) -> Iterator[str]:
-    """Reasons that any module can have: hooks and patches inside it, parameters of foreign or mixed kinds."""
+    """Reasons that any module can have: hooks and patches inside it, weights of foreign or mixed kinds."""
     for name, child in module.named_modules():
-        if name and any(getattr(child, hooks, None) for hooks in HOOKS):
+        if not name:
+            continue
+        if any(getattr(child, hooks, None) for hooks in HOOKS):
             yield f"{name} has hooks"
-        if name and "forward" in child.__dict__:
-            yield f"the forward method of {name} is patched"
+        patched = _patched_method(child)
+        if patched is not None:
+            yield f"the {patched} method of {name} is patched"
+        for weight in WEIGHTS:
+            if getattr(child, weight, None) is not None and weight not in child._parameters:
+                yield f"{name}.{weight} is no parameter"
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
         if type(parameter) not in (nn.Parameter, torch.Tensor) and not is_fake(parameter):  # export fakes them
@@ -164,6 +191,17 @@ def _check_insides(module: nn.Module) -> Iterator[str]:
             yield f"{name} is {parameter.dtype}, expected a floating-point dtype of at least 16 bits"
     if len({(parameter.dtype, parameter.device) for parameter in parameters.values()}) > 1:
         yield "its parameters are of several dtypes or devices"
+
+
+@torch.compiler.assume_constant_result
+def _patched_method(module: nn.Module) -> str | None:
+    """The name of a method that was put in place of the class's own, on the module or on the class."""
+    cls = type(module)
+    home = getattr(sys.modules.get(cls.__module__), "__dict__", None)
+    own = cls.forward is nn.Module.forward or (home is not None and getattr(cls.forward, "__globals__", None) is home)
+    if not own:
+        return "forward"
+    return next((name for name in module.__dict__ if callable(getattr(cls, name, None))), None)
 
 
 ADAPTERS = {

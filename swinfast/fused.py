@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
 
 from . import graphs, torch_backend
-from .adapters import HOOKS, Adapter, adapter_of, why_not
+from .adapters import HOOKS, Adapter, adapter_of, dropouts, why_not
 from .autocast import autocast_dtype
 from .backends import choose
 from .errors import in_a_line
@@ -98,7 +98,7 @@ class FusedComputation(Fused):
         return plan
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training or isinstance(x, torch.fx.Proxy):
             return super().forward(x)
         if _is_traced(x):
             return self._traced_forward(x)
@@ -151,7 +151,7 @@ class FusedComputation(Fused):
 
     def _traced_forward(self, x: Tensor) -> Tensor:
         """In a graph everything is derived on the spot, so that the graph sees edited weights."""
-        if why_not(self.adapter, self) is not None:
+        if why_not(self.adapter, self) is not None or any(dropout.training for dropout in dropouts(self)):
             return super().forward(x)
         spec, parameters = self.adapter.read(self), tuple(self.parameters())
         settings = self._swinfast
@@ -204,10 +204,20 @@ class FusedPatchEmbed(FusedComputation):
         if spec.img_size is not None:
             for axis, got, expected in zip(("height", "width"), images.shape[2:], spec.img_size, strict=True):
                 assert got == expected, f"Input image {axis} ({got}) doesn't match model ({expected})."
-        if images.dtype == torch.uint8 and self._swinfast.image_scale is None:
+        if images.dtype == torch.uint8:
+            self._check_image_scale(spec.proj.in_channels)
+
+    def _check_image_scale(self, channels):
+        scale = self._swinfast.image_scale
+        if scale is None:
             raise ValueError(
                 "images are uint8 and the model's config has no mean and std to normalise them with: "
                 "give optimize(..., mean=..., std=...), or pass floating-point images"
+            )
+        if len(scale[0]) not in (1, channels):
+            raise ValueError(
+                f"images are uint8 and of {channels} channels, and the mean and std to normalise them with of "
+                f"{len(scale[0])}: give optimize(..., mean=..., std=...), or pass floating-point images"
             )
 
 
@@ -241,6 +251,13 @@ class FusedStages(Fused):
     On a GPU one CUDA graph spans it, or a large batch goes through it in parts.
     """
 
+    def __getitem__(self, index):
+        part = super().__getitem__(index)
+        if isinstance(index, slice):  # a Sequential of this class, made by its constructor
+            part._swinfast = Settings(self._swinfast.backend, self._swinfast.cuda_graphs)
+            part.training = self.training
+        return part
+
     def plan(self) -> SequencePlan | None:
         """How the stages run as one, None where each must run by itself."""
         plans = self._plans()
@@ -254,7 +271,9 @@ class FusedStages(Fused):
     def _plans(self) -> list[Plan] | None:
         plans = []
         for stage in self:
-            if not isinstance(stage, FusedStage) or stage.training or any(getattr(stage, hooks) for hooks in HOOKS):
+            if not isinstance(stage, FusedStage) or stage.training or "forward" in stage.__dict__:
+                return None
+            if any(getattr(stage, hooks) for hooks in HOOKS):
                 return None
             plan = stage.plan()
             if plan.reason is not None or plan.is_random():

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ def optimize(
             that PyTorch computes are launched one by one.
         inplace: Replace in the model itself and return it, in place of a deep copy.
         mean, std: Per channel, to normalise uint8 images with, for pixel values in 0..1; by default those of the
-            model's config (``pretrained_cfg``), where it has one.
+            model's config (``pretrained_cfg``), where it has one, and of an optimised model those that it has.
 
     Returns:
         The optimised model.
@@ -63,9 +63,10 @@ def optimize(
     for module in list(model.modules()):
         adapter = _adapter_of(module)
         if adapter is not None:
+            known = module._swinfast.image_scale if isinstance(module, Fused) else None
+            scale = (tuple(mean), tuple(std)) if mean is not None else known or scales.get(module)
             if not isinstance(module, Fused):
                 fuse(module, FUSED[adapter.kind])
-            scale = scales.get(module) if mean is None else (tuple(mean), tuple(std))
             module._swinfast = Settings(backend, cuda_graphs, scale)
     for module in list(model.modules()):
         if type(module) is nn.Sequential and len(module) and all(isinstance(child, FusedStage) for child in module):
@@ -80,7 +81,8 @@ def optimize(
 def refresh(model: nn.Module) -> None:
     """Forget everything derived from the weights of an optimised model, its CUDA graphs, and that Triton failed at one.
 
-    Needed only after edits through ``parameter.data`` or raw memory, which PyTorch does not count.
+    Needed only after edits that PyTorch does not count: through ``parameter.data`` or raw memory, or by a collective of
+    torch.distributed, such as a broadcast of weights.
     """
     for module in model.modules():
         if isinstance(module, Fused):
@@ -110,6 +112,9 @@ def _check_arguments(model, dtype, cuda_graphs, mean, std) -> None:
         raise ValueError(f"cuda_graphs must be 'auto', True or False, got {cuda_graphs!r}")
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std must be given together, got mean={mean!r} and std={std!r}")
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and not isinstance(values, Iterable):
+            raise ValueError(f"{name} must be a sequence of numbers, one for each channel, got {values!r}")
     if mean is not None and len(mean) != len(std):
         raise ValueError(f"mean and std must be of one length, got {len(mean)} and {len(std)} values")
 

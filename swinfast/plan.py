@@ -16,13 +16,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .adapters import HOOKS, Adapter, why_not
+from .adapters import HOOKS, Adapter, dropouts, why_not
 from .autocast import without_autocast
 from .backends import Choice, choose
 from .graphs import Graphs, is_capturing
 
 _version = attrgetter("_version")
+WATCHED = (  # attributes of modules that answers depend on
+    "window_size", "shift_size", "num_heads", "img_size", "strict_img_size", "eps", "approximate", "kernel_size",
+    "stride", "padding", "dilation", "groups", "padding_mode",
+)  # fmt: skip
+
+
+def _count_fused_steps(optimizer: Optimizer, *_: Any) -> None:
+    """Optimisers with fused=True edit parameters past the counters of edits."""
+    groups = (group["params"] for group in optimizer.param_groups if group.get("fused"))
+    torch.autograd.graph.increment_version(list(chain.from_iterable(groups)))
+
+
+register_optimizer_step_post_hook(_count_fused_steps)
 
 
 class Plan:
@@ -54,13 +68,17 @@ class Plan:
         self._lock = threading.Lock()
         self._counts_edits = not any(parameter.is_inference() for parameter in self.parameters)
 
+        self._adapter = adapter
         self._modules = list(module.modules())
-        self._contents = [table for m in self._modules for table in (m._modules, m._parameters) if table]
+        tables = [table for m in self._modules for table in (m._modules, m._parameters, m._buffers) if table]
+        self._contents = [table.values() for table in tables]
         self._attributes = [m.__dict__ for m in self._modules[1:]]
         self._hooks = [getattr(m, hooks) for m in self._modules[1:] for hooks in HOOKS]
-        self._windows = [(m, m.window_size, m.shift_size) for m in self._modules if hasattr(m, "shift_size")]
-        self._dropouts = [m for m in self._modules if isinstance(m, nn.Dropout) or type(m).__name__ == "DropPath"]
-        self._structure, self._places = self._structure_now(), self._places_now()
+        self._classes = list(dict.fromkeys(map(type, self._modules[1:])))
+        self._watched = [(m.__dict__, name) for m in self._modules for name in WATCHED if name in m.__dict__]
+        self._dropouts = dropouts(module)
+        self._structure, self._settings = self._structure_now(), self._settings_now()
+        self._places = self._places_now()
 
     def holds(self) -> bool:
         """Whether the module and the places of its weights are still what the plan was made of.
@@ -70,8 +88,15 @@ class Plan:
         return (
             self._structure == self._structure_now()
             and self._places == self._places_now()
-            and all(m.window_size == window and m.shift_size == shift for m, window, shift in self._windows)
+            and self._settings == self._settings_now()
         )
+
+    def computes_the_same(self) -> bool:
+        """Whether the module still computes what the plan was made of, though its weights may be others."""
+        module = self._modules[0]
+        if why_not(self._adapter, module) is not None or self._settings != self._settings_now():
+            return False
+        return self._adapter.read(module) == self.spec
 
     def is_random(self) -> bool:
         """Whether a dropout inside was put into training mode, though the module is not."""
@@ -116,11 +141,14 @@ class Plan:
             return derive(self.spec)
 
     def _structure_now(self) -> tuple:
-        """Children and parameters by identity, types, whether there are hooks, and how many attributes each module
-        has: a patched forward is one more."""
-        contents = chain.from_iterable(map(dict.values, self._contents))
+        """Children, parameters and buffers by identity, types, whether there are hooks, and what may be patched: the
+        forward methods of classes, and how many attributes each module has, of which a patched method is one more."""
+        contents = chain.from_iterable(self._contents)
         types, attributes = list(map(type, self._modules)), list(map(len, self._attributes))
-        return list(map(id, contents)), types, attributes, any(self._hooks)
+        return list(map(id, contents)), types, attributes, any(self._hooks), [cls.forward for cls in self._classes]
+
+    def _settings_now(self) -> list:
+        return [attributes.get(name) for attributes, name in self._watched]
 
     def _places_now(self) -> list[int]:
         return list(map(Tensor.data_ptr, self.parameters)) if self._counts_edits else []
@@ -140,13 +168,19 @@ class SequencePlan:
 
     def __init__(self, plans: Sequence[Plan]):
         self.plans = tuple(plans)
-        self.parameters = tuple(chain.from_iterable(plan.parameters for plan in plans))
-        self.parameter_names = tuple(f"{i}.{name}" for i, plan in enumerate(plans) for name in plan.parameter_names)
+        named: dict[Tensor, str] = {}  # what several share is one parameter, under its first name
+        for i, plan in enumerate(plans):
+            for name, parameter in zip(plan.parameter_names, plan.parameters, strict=True):
+                named.setdefault(parameter, f"{i}.{name}")
+        self.parameters, self.parameter_names = tuple(named), tuple(named.values())
         self.graphs = Graphs()
 
     def holds(self, plans: Sequence[Plan]) -> bool:
         """Whether these are still the modules' plans."""
         return len(plans) == len(self.plans) and all(map(is_, plans, self.plans))
+
+    def computes_the_same(self) -> bool:
+        return all(plan.computes_the_same() for plan in self.plans)
 
     @property
     def derivations(self) -> int:

@@ -11,7 +11,7 @@ class FusedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, module, plan, x, *parameters):
-        ctx.module, ctx.names = module, plan.parameter_names
+        ctx.module, ctx.plan = module, plan
         device = x.device.type
         ctx.autocast = {
             "device_type": device,
@@ -19,16 +19,21 @@ class FusedForward(torch.autograd.Function):
             "dtype": torch.get_autocast_dtype(device),
         }
         ctx.save_for_backward(x, *parameters)
-        return module.fused_forward(plan, x)
+        return _itself(module.fused_forward(plan, x))
 
     @staticmethod
     def backward(ctx, gradient):
+        if not ctx.plan.computes_the_same():
+            raise RuntimeError(
+                f"a {type(ctx.module).original.__name__} was changed between its forward and its backward pass, which "
+                "computes it again: gradients of what it was can't be had any more"
+            )
         x, *parameters = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()
         if not create_graph:
             x = x.detach().requires_grad_(ctx.needs_input_grad[2])
         with torch.enable_grad(), torch.autocast(**ctx.autocast), _in_eval(ctx.module):
-            output = _original(ctx.module, dict(zip(ctx.names, parameters, strict=True)), x)
+            output = _original(ctx.module, dict(zip(ctx.plan.parameter_names, parameters, strict=True)), x)
         inputs = [x, *parameters]
         wanted = [index for index, need in enumerate(ctx.needs_input_grad[2:]) if need]
         found = torch.autograd.grad(
@@ -38,6 +43,11 @@ class FusedForward(torch.autograd.Function):
         for index, value in zip(wanted, found, strict=True):
             gradients[index] = value
         return None, None, *gradients
+
+
+def _itself(x: Tensor) -> Tensor:
+    """x on the same memory and no view: autograd lets nobody change a view that a function returns in place."""
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
 class _OriginalForward(nn.Module):

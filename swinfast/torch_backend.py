@@ -60,7 +60,8 @@ class StageTables(NamedTuple):
 
 
 class PatchEmbedTables(NamedTuple):
-    dtype: torch.dtype
+    dtype: torch.dtype  # that it computes in
+    given: torch.dtype  # that it gives
     traced: bool
     proj: Linear
     norm: NormWeights | None
@@ -84,7 +85,10 @@ def derive_patch_embed(spec: PatchEmbedSpec, traced: bool, autocast: torch.dtype
     dtype = compute_dtype(weight.dtype, weight.device) if pack else weight.dtype
     bias = None if bias is None else bias.to(dtype)
     norm = None if spec.norm is None else _norm_weights(spec.norm, dtype)
-    return PatchEmbedTables(dtype, traced, make_linear(weight.flatten(1).to(dtype), bias, pack=pack), norm)
+    given = weight.dtype
+    if autocast is not None and weight.device.type == "cpu" and given != torch.float64:
+        given = autocast  # there, LayerNorm leaves what the convolution made of it
+    return PatchEmbedTables(dtype, given, traced, make_linear(weight.flatten(1).to(dtype), bias, pack=pack), norm)
 
 
 def patch_embed(
@@ -99,10 +103,10 @@ def patch_embed(
         x = _patches(normalise(images, image_scale, dtype), (ph, pw), tables)
         x = tables.proj(x)
         x = x if tables.norm is None else _layer_norm(x, tables.norm)
-        return x.to(dtype) if out is None else out.copy_(x)
+        return x.to(tables.given) if out is None else out.copy_(x)
 
     # four times as many as in a stage: nothing is as large in here as what an MLP hides
-    return _in_parts(compute, tables, images, shape, dtype, 4 * CPU_PART)
+    return _in_parts(compute, tables, images, shape, tables.given, 4 * CPU_PART)
 
 
 def _patches(images: Tensor, patch: Size, tables: PatchEmbedTables) -> Tensor:
@@ -207,8 +211,8 @@ def _bias_table(block: BlockSpec, dtype: torch.dtype) -> Tensor:
     offsets = torch.stack(torch.meshgrid(*steps, indexing="ij"), dim=-1)
     offsets = offsets.sign() * torch.log(1.0 + offsets.abs())
     offsets = offsets.to(fc1.weight.dtype).to(dtype)  # rounded as the buffer of a converted model is
-    hidden = F.relu(F.linear(offsets, fc1.weight.to(dtype), fc1.bias.to(dtype)))
-    bias = F.linear(hidden, fc2.weight.to(dtype), fc2.bias.to(dtype))  # [2Wh - 1, 2Ww - 1, heads]
+    hidden = F.relu(_linear(fc1, dtype, pack=False)(offsets))
+    bias = _linear(fc2, dtype, pack=False)(hidden)  # [2Wh - 1, 2Ww - 1, heads]
     row, column = torch.arange(wh, device=device), torch.arange(ww, device=device)
     row, column = row.repeat_interleave(ww), column.repeat(wh)
     bias = bias[row[:, None] - row + wh - 1, column[:, None] - column + ww - 1].permute(2, 0, 1)

@@ -132,7 +132,7 @@ def _derive_block(block: BlockSpec, dtype: torch.dtype, stream: torch.dtype) -> 
     channels, device = block.qkv.in_features, block.qkv.weight.device
     forms = forms_of(channels, block.window, dtype, device)
     mlp = tuple(
-        p.contiguous() for layer in (block.bias_fc1, block.bias_fc2) for p in _linear(layer, layer.weight.dtype)
+        p.contiguous() for layer in (block.bias_fc1, block.bias_fc2) for p in _biased(layer, layer.weight.dtype)
     )
     return Block(
         window_size=block.window,
@@ -140,11 +140,11 @@ def _derive_block(block: BlockSpec, dtype: torch.dtype, stream: torch.dtype) -> 
         forms=forms,
         table=bias_table(forms, mlp, channels // block.num_heads, block.window, block.shift, dtype),
         logit_scale=block.logit_scale_owner.logit_scale.to(stream),
-        qkv=_linear(block.qkv, dtype),
-        proj=_linear(block.proj, dtype),
+        qkv=_biased(block.qkv, dtype),
+        proj=_biased(block.proj, dtype),
         norm1=_norm(block.norm1, stream),
-        fc1=_linear(block.fc1, dtype),
-        fc2=_linear(block.fc2, dtype),
+        fc1=_biased(block.fc1, dtype),
+        fc2=_biased(block.fc2, dtype),
         norm2=_norm(block.norm2, stream),
         norm3=None if block.norm3 is None else _norm(block.norm3, stream),
     )
@@ -181,6 +181,12 @@ def _linear(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> Linear:
     """Weights in a dtype, contiguous: no copy where they are so already."""
     bias = None if layer.bias is None else layer.bias.to(dtype).contiguous()
     return Linear(layer.weight.to(dtype).contiguous(), bias)
+
+
+def _biased(layer: nn.Linear, dtype: torch.dtype) -> Linear:
+    """As _linear; a bias that is missing is zero."""
+    weight, bias = _linear(layer, dtype)
+    return Linear(weight, weight.new_zeros(len(weight)) if bias is None else bias)
 
 
 def _norm(norm: nn.LayerNorm, dtype: torch.dtype) -> Norm:

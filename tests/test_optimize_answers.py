@@ -199,7 +199,22 @@ def test_autocast(timm):
     images = random_images(2, 3, 64, 64)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected, got = model(images), fast(images)
+        for part in (lambda either: either.patch_embed(images), lambda either: either.forward_features(images)):
+            assert part(fast).dtype == part(model).dtype == torch.bfloat16
     with torch.no_grad():
         exact = model(images)
     assert got.dtype == expected.dtype
     assert 1e-4 < relative_rms(got, exact) <= 2 * relative_rms(expected, exact)
+
+
+@pytest.mark.parametrize(
+    "name", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "attn.meta_mlp.fc1", "attn.meta_mlp.fc2"]
+)
+def test_layers_without_a_bias(timm, name):
+    model = make(timm, SMALL | {"img_size": 64}, "timm")
+    for stage in model.stages:
+        for block in stage.blocks:
+            block.get_submodule(name).bias = None
+    fast = swinfast.optimize(model)
+    assert all(row.replaced for row in swinfast.report(fast).rows)
+    assert_same_answers(model, fast, random_images(2, 3, 64, 64))

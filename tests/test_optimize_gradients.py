@@ -8,7 +8,7 @@ from helpers import random_images, randomise, small_model_args
 from torch import nn
 
 import swinfast
-from swinfast import torch_backend
+from swinfast import recompute, torch_backend
 
 IMAGES = random_images(2, 3, 64, 64, dtype=torch.float64)
 
@@ -34,16 +34,16 @@ def assert_close(got, expected, tolerance=1e-9):
 
 def test_in_eval_mode_the_forward_is_fused(model, monkeypatch):
     fast = swinfast.optimize(model)
-    calls = []
-    forward = type(fast.stages[0].blocks[0]).forward
+    originals = []
+    original = recompute._original
     monkeypatch.setattr(
-        type(fast.stages[0].blocks[0]), "forward", lambda self, x: calls.append(self) or forward(self, x)
+        recompute, "_original", lambda module, *args: originals.append(module) or original(module, *args)
     )
     output = fast(IMAGES)
     assert output.requires_grad
-    assert not calls  # no original block ran
+    assert not originals
     output.sum().backward()
-    assert len(calls) == 4  # and each once in the backward pass
+    assert originals == [fast.stages, *reversed(fast.stages), fast.patch_embed]  # in the backward pass, each once
 
 
 def test_in_eval_mode(model):
@@ -56,6 +56,58 @@ def test_in_parts(timm, monkeypatch):
     model = randomise(timm.create_model("swinv2_cr_tiny_224", **options)).double().eval()
     images = random_images(11, 3, 112, 112, dtype=torch.float64)
     assert_close(gradients(swinfast.optimize(model), images), gradients(model, images))
+
+
+@pytest.mark.parametrize("part", ["patch_embed", "stages", "forward_features"])
+def test_outputs_can_be_changed_in_place(model, part):
+    """As a ReLU(inplace=True) after a backbone does."""
+    results = []
+    for either in (model, swinfast.optimize(model)):
+        either.zero_grad()
+        x = either.patch_embed(IMAGES) if part == "stages" else IMAGES
+        output = nn.functional.relu(getattr(either, part)(x), inplace=True)
+        output.square().sum().backward()
+        results.append([p.grad for p in either.parameters() if p.grad is not None])
+    assert_close(results[1], results[0])
+
+
+def tie_weights(model):
+    first, second = (stage.blocks[0].attn.meta_mlp.fc1 for stage in model.stages)
+    second.weight = first.weight
+
+
+def use_a_stage_twice(model):
+    model.stages.insert(1, model.stages[0])
+
+
+@pytest.mark.parametrize("share", [tie_weights, use_a_stage_twice], ids=lambda share: share.__name__)
+def test_shared_weights(model, share):
+    results = []
+    for either in (model, swinfast.optimize(model)):
+        share(either)
+        results.append(gradients(either))
+    assert_close(results[1], results[0])
+
+
+def set_window(model):
+    model.set_input_size(64, window_size=8)
+
+
+def set_eps(model):
+    model.stages[0].blocks[0].norm1.eps = 0.5
+
+
+def add_hook(model):
+    model.stages[1].blocks[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+@pytest.mark.parametrize("change", [set_window, set_eps, add_hook], ids=lambda change: change.__name__)
+def test_changed_between_forward_and_backward(model, change):
+    fast = swinfast.optimize(model)
+    loss = fast(IMAGES).square().sum()
+    change(fast)
+    with pytest.raises(RuntimeError, match="Sequential was changed between its forward and its backward pass"):
+        loss.backward()
 
 
 def test_in_training_mode(model):

@@ -51,6 +51,11 @@ def patch_forward(model):
     layer.forward = lambda x: nn.functional.linear(x, layer.weight).square()
 
 
+def patch_a_method(model):
+    attention = model.stages[1].blocks[0].attn
+    attention._relative_positional_encodings = lambda: 2 * type(attention)._relative_positional_encodings(attention)
+
+
 def change_activation(model):
     model.stages[1].blocks[0].mlp.act = nn.GELU(approximate="tanh")
 
@@ -77,18 +82,36 @@ def subclass_a_block(model):
     block.__class__ = Scaled
 
 
+def subclass_a_block_alike(model):
+    subclass_a_block(model)
+    type(model.stages[1].blocks[0]).__name__ = "SwinTransformerV2CrBlock"
+
+
+def keep_a_weight_as_a_buffer(model):
+    layer = model.stages[1].blocks[0].mlp.fc1
+    weight = layer.weight.detach().clone()
+    del layer.weight
+    layer.register_buffer("weight", weight)
+
+
 REFUSALS = {
     add_hook: "blocks.0.mlp has hooks",
     add_pre_hook: "blocks.1 has hooks",
     add_lora: "blocks.0.attn.qkv is a Lora, expected Linear",
     add_parametrization: "blocks.1.mlp.fc2 is a ParametrizedLinear, expected Linear",
     patch_forward: "the forward method of blocks.1.mlp.fc2 is patched",
+    patch_a_method: "the _relative_positional_encodings method of blocks.0.attn is patched",
     change_activation: "blocks.0.mlp.act is a GELU with the tanh approximation, expected the exact one",
     change_norm: "blocks.0.norm2 is a RMSNorm, expected LayerNorm",
     change_merging: "downsample.reduction is a Sequential, expected Linear",
     add_a_module: "blocks.0.gate is unknown to swinfast",
     subclass_a_block: "blocks.0 is a Scaled, expected SwinTransformerV2CrBlock",
+    subclass_a_block_alike: f"blocks.0 is a {__name__}.SwinTransformerV2CrBlock, expected SwinTransformerV2CrBlock",
+    keep_a_weight_as_a_buffer: "blocks.0.mlp.fc1.weight is no parameter",
 }
+
+
+UNCHANGED = (add_a_module, add_parametrization, keep_a_weight_as_a_buffer)  # answers
 
 
 @pytest.mark.parametrize("when", ["before", "after", "after a call"])
@@ -103,19 +126,47 @@ def test_a_changed_stage_stays_original(model, change, when):
     change(model)
     if fast is None:
         fast = swinfast.optimize(model)
-        if change is patch_forward:
+        if change in (patch_forward, patch_a_method):
             change(fast)  # a patch closes over its own layer, which deepcopy does not follow
     else:
         change(fast)
     with torch.no_grad():
         expected = model(IMAGES)
-        assert relative_rms(expected, untouched) > 1e-6 or change in (add_a_module, add_parametrization)
+        assert relative_rms(expected, untouched) > 1e-6 or change in UNCHANGED
         assert relative_rms(fast(IMAGES), expected) <= 1e-9
     rows = {row.name: row for row in swinfast.report(fast).rows}
     for name, row in rows.items():
         assert row.replaced == (not name.startswith("stages.1.")), name
     assert rows["stages.1.blocks.0"].detail == REFUSALS[change]
     assert REFUSALS[change] in str(swinfast.report(fast))
+
+
+@pytest.mark.parametrize("when", ["before", "after a call"])
+def test_a_patched_class_is_seen(model, monkeypatch, when):
+    fast = swinfast.optimize(model)
+    attention = type(model.stages[0].blocks[0].attn)
+    forward = attention.forward
+    with torch.no_grad():
+        untouched = fast(IMAGES) if when == "after a call" else model(IMAGES)
+        monkeypatch.setattr(attention, "forward", lambda self, x, mask=None: 1.5 * forward(self, x, mask) + x)
+        expected = model(IMAGES)
+        assert relative_rms(expected, untouched) > 1e-6
+        assert relative_rms(fast(IMAGES), expected) <= 1e-9
+        assert swinfast.report(fast).rows[1].detail == "the forward method of blocks.0.attn is patched"
+        monkeypatch.undo()
+        assert relative_rms(fast(IMAGES), untouched) <= 1e-9
+    assert all(row.replaced for row in swinfast.report(fast).rows)
+
+
+def test_a_patched_stage_is_called(model):
+    """As wrappers that time or offload modules do it."""
+    fast = swinfast.optimize(model)
+    with torch.no_grad():
+        fast(IMAGES)
+        for either in (model, fast):
+            stage = either.stages[1]
+            stage.forward = lambda x, forward=stage.forward: 3 * forward(x)
+        assert relative_rms(fast(IMAGES), model(IMAGES)) <= 1e-9
 
 
 def test_a_removed_hook_lets_the_stage_be_fused_again(model):
@@ -201,6 +252,7 @@ def test_nothing_supported():
         ({"cuda_graphs": 1}, ValueError, "cuda_graphs must be 'auto', True or False, got 1"),
         ({"mean": (0.5, 0.5, 0.5)}, ValueError, "mean and std must be given together"),
         ({"mean": (0.5,), "std": (0.5, 0.5)}, ValueError, "mean and std must be of one length, got 1 and 2 values"),
+        ({"mean": 0.5, "std": 0.5}, ValueError, "mean must be a sequence of numbers, one for each channel, got 0.5"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -250,6 +302,14 @@ def test_uint8_without_mean_and_std(model):
     del model.pretrained_cfg, model.default_cfg
     with pytest.raises(ValueError, match=r"give optimize\(..., mean=..., std=...\)"):
         swinfast.optimize(model)(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_uint8_of_other_channels_than_mean_and_std(timm, channels):
+    model = timm.create_model("swinv2_cr_tiny_224", **small_model_args(in_chans=channels)).eval()
+    with pytest.raises(ValueError, match=f"of {channels} channels, and the mean and std to normalise them with of 3"):
+        swinfast.optimize(model)(torch.zeros(2, channels, 64, 64, dtype=torch.uint8))
+    swinfast.optimize(model, mean=[0.5], std=[0.5])(torch.zeros(2, channels, 64, 64, dtype=torch.uint8))
 
 
 def test_float16_on_a_cpu_warns(model):

@@ -84,6 +84,22 @@ def set_one_blocks_window(model):
     model.stages[0].blocks[1].set_input_size((32, 32), (8, 8))
 
 
+def set_eps(model):
+    model.stages[1].blocks[0].norm1.eps = 0.1
+
+
+def set_approximation(model):
+    for block in model.stages[1].blocks:
+        block.mlp.act.approximate = "tanh"
+
+
+def step(model):
+    """A fused optimiser edits past PyTorch's counters."""
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-2, fused=True)
+    model(IMAGES).square().mean().backward()
+    optimiser.step()
+
+
 EDITS = [
     edit_in_place,
     edit_one("patch_embed.proj.weight"),
@@ -102,6 +118,9 @@ EDITS = [
     replace_a_block,
     set_image_size,
     set_one_blocks_window,
+    set_eps,
+    set_approximation,
+    step,
 ]
 
 
@@ -117,6 +136,51 @@ def test_edits_are_seen(timm, edit, warm):
     assert_same(fast, model)
     with torch.no_grad():
         assert relative_rms(fast(IMAGES), before) > 1e-6
+
+
+@pytest.mark.parametrize("source", ["timm", "reference"])
+def test_the_size_of_images_can_be_set(timm, source):
+    model = randomise((timm if source == "timm" else swinfast).create_model("swinv2_cr_tiny_224", **small_model_args()))
+    model = model.double().eval()
+    fast = swinfast.optimize(model)
+    assert_same(fast, model)
+    for either in (model, fast):
+        either.set_input_size(96)
+    assert_same(fast, model, random_images(2, 3, 96, 96, dtype=torch.float64))
+    for either in (model, fast):
+        with pytest.raises(AssertionError, match=r"height \(64\) doesn't match model \(96\)"):
+            either(IMAGES)
+    fast.patch_embed.strict_img_size = model.patch_embed.strict_img_size = False
+    for either in (model, fast):
+        either.stages[0].set_input_size((32, 32), (4, 4))
+        either.stages[1].set_input_size((32, 32), (4, 4))
+    assert_same(fast, model)
+
+
+def test_slices_of_the_stages(timm):
+    """As prune_intermediate_layers takes them."""
+    model = make(timm)
+    fast = swinfast.optimize(model)
+    with torch.no_grad():
+        assert (
+            relative_rms(fast.stages[:1](fast.patch_embed(IMAGES)), model.stages[:1](model.patch_embed(IMAGES))) <= 1e-9
+        )
+    for either in (model, fast):
+        either.prune_intermediate_layers([0])
+        either.eval()
+    assert_same(fast.forward_features, model.forward_features)
+    assert [row.replaced for row in swinfast.report(fast).rows] == [True] * 3
+    swinfast.refresh(fast)
+    assert_same(fast.float().double().forward_features, model.float().double().forward_features)
+
+
+def test_mean_and_std_outlive_another_pass(timm):
+    model = make(timm)
+    fast = swinfast.optimize(model, mean=[0.1, 0.2, 0.3], std=[0.9, 0.8, 0.7])
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert relative_rms(swinfast.optimize(fast)(pixels), fast(pixels)) <= 1e-12
+        assert relative_rms(swinfast.optimize(model)(pixels), fast(pixels)) > 1e-3
 
 
 def test_the_original_is_untouched(timm):

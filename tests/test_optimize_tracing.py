@@ -43,6 +43,24 @@ def test_compile(timm, name, source):
             assert relative_rms(compiled(images), model(images)) <= 1e-9
 
 
+def test_compile_with_a_dropout_switched_on_alone(timm):
+    _, fast = make(timm)
+    fast.stages[0].blocks[0].attn.meta_mlp.drop1.train()
+    assert swinfast.report(fast).rows[1].detail == "a dropout inside it is in training mode"
+    assert not swinfast.report(fast).rows[1].replaced
+    compiled = torch.compile(fast, backend="aot_eager")
+    with torch.no_grad():
+        assert not torch.equal(compiled(IMAGES), compiled(IMAGES))
+
+
+def test_symbolic_tracing_sees_the_original(timm):
+    """torch.fx, and timm's feature extractors on top of it."""
+    model, fast = make(timm)
+    with torch.no_grad():
+        traced = torch.fx.symbolic_trace(fast, concrete_args={"x": torch.fx.PH})
+        assert relative_rms(traced(IMAGES), model(IMAGES)) <= 1e-9
+
+
 def test_compile_sees_edited_weights(timm):
     model, fast = make(timm)
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")

@@ -199,6 +199,17 @@ def test_autocast(timm, dtype):
     assert relative_rms(outside, exact) <= 1e-5
 
 
+def test_layers_without_a_bias(timm):
+    model = make(timm, TINY, "timm")
+    for stage in model.stages:
+        for block in stage.blocks:
+            for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2, block.attn.meta_mlp.fc2):
+                layer.bias = None
+    images = random_images(2, 3, 32, 32).to(DEVICE)
+    with torch.no_grad():
+        assert relative_rms(optimised(model)(images), model(images)) <= 1e-5
+
+
 def test_images_of_every_kind(timm):
     model = make(timm, TINY, "timm")
     fast = optimised(model)
