@@ -25,6 +25,7 @@ HOOKS = (
 
 
 WEIGHTS = ("weight", "bias", "logit_scale")
+MODULE = frozenset(dir(nn.Module))
 
 
 class Adapter(NamedTuple):
@@ -111,7 +112,7 @@ def _check_stage(module: nn.Module) -> Iterator[str]:
     for index, block in enumerate(module.blocks):
         prefix = f"blocks.{index}."
         known = "SwinTransformerV2CrBlock"
-        if not _is_a(known, block, module):
+        if not _is_a(known, type(block), type(module)):
             yield f"{prefix[:-1]} is a {_other_name(block, known)}, expected {known}"
         yield from _check_block(block, prefix)
     yield from _check_insides(module)
@@ -153,16 +154,18 @@ def _check_children(module: nn.Module, prefix: str, expected: dict) -> Iterator[
         if child is None:
             if None not in types:
                 yield f"{prefix}{name} is missing"
-        elif type(child) not in types and not any(isinstance(t, str) and _is_a(t, child, module) for t in types):
+        elif type(child) not in types and not any(
+            isinstance(t, str) and _is_a(t, type(child), type(module)) for t in types
+        ):
             known = " or ".join(t if isinstance(t, str) else t.__name__ for t in types if t is not None)
             yield f"{prefix}{name} is a {_other_name(child, known)}, expected {known}"
 
 
 @torch.compiler.assume_constant_result
-def _is_a(name: str, child: nn.Module, parent: nn.Module) -> bool:
+def _is_a(name: str, child: type, parent: type) -> bool:
     """Whether a child is of the type that its parent's own file knows by a name."""
-    home = sys.modules.get(getattr(type(parent), "original", type(parent)).__module__)
-    return type(child).__name__ == name and getattr(home, name, None) is type(child)
+    home = sys.modules.get(getattr(parent, "original", parent).__module__)
+    return child.__name__ == name and getattr(home, name, None) is child
 
 
 def _other_name(module: nn.Module, known: str) -> str:
@@ -177,9 +180,11 @@ def _check_insides(module: nn.Module) -> Iterator[str]:
             continue
         if any(getattr(child, hooks, None) for hooks in HOOKS):
             yield f"{name} has hooks"
-        patched = _patched_method(child)
-        if patched is not None:
-            yield f"the {patched} method of {name} is patched"
+        if _has_foreign_forward(type(child)):
+            yield f"the forward method of {name} is patched"
+        for method in _methods(type(child)):
+            if method in child.__dict__:
+                yield f"the {method} method of {name} is patched"
         for weight in WEIGHTS:
             if getattr(child, weight, None) is not None and weight not in child._parameters:
                 yield f"{name}.{weight} is no parameter"
@@ -194,14 +199,19 @@ def _check_insides(module: nn.Module) -> Iterator[str]:
 
 
 @torch.compiler.assume_constant_result
-def _patched_method(module: nn.Module) -> str | None:
-    """The name of a method that was put in place of the class's own, on the module or on the class."""
-    cls = type(module)
+def _has_foreign_forward(cls: type) -> bool:
+    """Whether a class's forward is defined elsewhere than the class: somebody put it there."""
     home = getattr(sys.modules.get(cls.__module__), "__dict__", None)
-    own = cls.forward is nn.Module.forward or (home is not None and getattr(cls.forward, "__globals__", None) is home)
-    if not own:
-        return "forward"
-    return next((name for name in module.__dict__ if callable(getattr(cls, name, None))), None)
+    is_own = home is not None and getattr(cls.forward, "__globals__", None) is home
+    return cls.forward is not nn.Module.forward and not is_own
+
+
+@torch.compiler.assume_constant_result
+def _methods(cls: type) -> tuple[str, ...]:
+    """Methods that a class has beyond those of any module, and forward."""
+    return tuple(
+        name for name in dir(cls) if name == "forward" or (name not in MODULE and callable(getattr(cls, name)))
+    )
 
 
 ADAPTERS = {
