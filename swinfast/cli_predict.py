@@ -1,9 +1,13 @@
 """``swinfast predict``, ``embed`` and ``features``: images through a model, into files."""
 
 import argparse
+import os
+import shutil
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -45,7 +49,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def _image_options(add: Callable[..., Any]) -> None:
     add("paths", nargs="*", metavar="PATH", help="image files, tar shards, parquet files, folders of these (searched "
         "recursively), glob patterns")  # fmt: skip
-    add("--files-from", metavar="FILE", help="a text file with one more PATH a line")
+    add("--files-from", metavar="FILE", help="a text file with one more PATH a line; - for the standard input")
     add("--members", default="*", metavar="PATTERN", help="which images of tar shards, by their names (default: all)")
     add("--image-column", metavar="NAME", help="of parquet files (default: image, or the first one with bytes)")
     add("--draft", action="store_true", help="decode large JPEGs at a fraction of their size: faster, but CHANGES "
@@ -62,7 +66,7 @@ def _model_options(add: Callable[..., Any]) -> None:
 
 def _run_options(add: Callable[..., Any]) -> None:
     add("--resume", action="store_true", help="go on where an earlier run ended, or start where there is none")
-    add("--strict", action="store_true", help="stop at the first image that can't be read")
+    add("--strict", action="store_true", help="stop at the first image that fails")
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
     add("--devices", metavar="LIST", help="all GPUs, by the word all, or several devices with commas between them: a "
         "process for each")  # fmt: skip
@@ -133,10 +137,34 @@ def _features(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, kind: type[Pipeline], make: Callable[..., Pipeline]) -> int:
     if not options.paths and not options.files_from:
         options.usage_error("give a PATH, or --files-from")
-    images = Images(tuple(options.paths), options.files_from, options.members, options.image_column)
     if options.output is not None:  # what can't be written is said before anything is loaded
         check_ending(Path(options.output), kind.endings)
         check_output(Path(options.output))
+    with _regular(options.files_from) as files_from:
+        images = Images(tuple(options.paths), files_from, options.members, options.image_column, options.output)
+        return _run_over(images, options, make)
+
+
+@contextmanager
+def _regular(files_from: str | None) -> Iterator[str | None]:
+    """The list of paths as a file that can be read again and again: one that comes through a pipe is copied."""
+    if files_from is None or (files_from != "-" and (Path(files_from).is_file() or not Path(files_from).exists())):
+        yield files_from
+        return
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--files-from must be a regular file under torchrun, as every process reads it")
+    with tempfile.TemporaryDirectory(prefix="swinfast-") as folder:
+        copy = Path(folder, "files.txt")
+        with copy.open("wb") as target:
+            if files_from == "-":
+                shutil.copyfileobj(sys.stdin.buffer, target)
+            else:
+                with Path(files_from).open("rb") as source:
+                    shutil.copyfileobj(source, target)
+        yield str(copy)
+
+
+def _run_over(images: Images, options: argparse.Namespace, make: Callable[..., Pipeline]) -> int:
     if next(iter(images), None) is None:
         raise ValueError(f"found no images in {', '.join([*options.paths, *filter(None, [options.files_from])])}")
     devices = _devices(options)
@@ -202,7 +230,7 @@ def _show(pipeline: Predictor, images: Images, options: argparse.Namespace, prog
         for result in pipeline.predict(images):
             failed = isinstance(result, Failure)
             if failed and options.strict:
-                raise RuntimeError(f"{result.filename} can't be read: {result.reason}")
+                raise RuntimeError(f"{result.filename} failed: {result.reason}")
             progress([result.filename], [result.reason if failed else None])
             if not failed:
                 name = result.filename if options.fullname else PurePath(result.filename).name
@@ -253,13 +281,13 @@ class _Progress:
             if not self._options.quiet:
                 self.say(str(self.summary))
         if failures:
-            self.say(f"{failures} of {images} images could not be read")
+            self.say(f"{failures} of {images} images failed")
         return SOME_FAILED if failures else OK
 
     def _find_total(self, images: Images) -> None:
         """While the run goes on already: to go through a million names takes a while."""
         try:
             self._bar.total = images.count()
-        except (OSError, RuntimeError):  # the run will say it
+        except (OSError, RuntimeError, ValueError):  # the run will say it
             return
         self._bar.refresh()

@@ -6,15 +6,17 @@
 Decoding runs as tasks on CPUs, the model in actors. Tasks and actors that are lost with their machine run again.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from .batch.engine import judged
 from .batch.formats import ESCAPE, parquet_table
 from .batch.optional import import_extra
 from .batch.sources import Images, has_image_ending
@@ -36,7 +38,7 @@ Model = nn.Module | str
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did: images of the inputs, and how many of them could not be read."""
+    """What a run did: images of the inputs, and how many of them failed."""
 
     images: int
     failures: int
@@ -67,10 +69,12 @@ class _Actor:
         if PIXELS not in batch:
             batch = batch | _decoded(batch["bytes"].tolist(), self._pipeline.crop)
         reasons = [reason or None for reason in batch[ERROR]]
+        arrays = self._pipeline.no_rows()
+        if None in reasons:
+            pixels = np.stack(batch[PIXELS])[[reason is None for reason in reasons]]
+            reasons, arrays = judged(reasons, self._pipeline.compute_pixels(torch.from_numpy(pixels)))
         good = np.array([reason is None for reason in reasons], dtype=bool)
-        rows, arrays = np.cumsum(good) - 1, self._pipeline.no_rows()
-        if good.any():
-            arrays = self._pipeline.compute_pixels(torch.from_numpy(np.stack(batch[PIXELS])[good]))
+        rows = np.cumsum(good) - 1
         layout = self._pipeline.layout
         table = parquet_table(layout, [""] * int(good.sum()), arrays)
         table = table.take(arrow.array([int(row) if ok else None for row, ok in zip(rows, good, strict=True)], "int64"))
@@ -97,8 +101,8 @@ def predict(paths: str | Path | Iterable[str | Path], output: str, *, model: Mod
         paths: Image files and folders, searched recursively: on disks that all machines share, or URIs of any
             filesystem that Ray (that is, pyarrow) reads.
         output: A folder for parquet files with the rows of ``swinfast predict --output FILE.parquet``, in the order of
-            the inputs; where images could not be read, output.errors has their names and the reasons. Both are written
-            once everything is computed; until then results are in output.unfinished.
+            the inputs; where images failed, output.errors has their names and the reasons. Both are written
+            once everything is computed; until then results are in output.unfinished, and older ones stay.
         model: A model, or the name or folder of one.
         **options: batch_size (32), concurrency (how many actors, or (least, most); by default one for each GPU, or one
             for each two cores), num_gpus (of an actor; by default 1 where the cluster has GPUs), num_cpus (of an
@@ -107,7 +111,8 @@ def predict(paths: str | Path | Iterable[str | Path], output: str, *, model: Mod
 
     Raises:
         RuntimeError: Ray is not installed.
-        ValueError: There are no images.
+        ValueError: There are no images, the output and an input lie one in the other, or what is there at the output is
+            not a folder of parquet files alone.
     """
     return _run(Predictor, paths, output, model, **options)
 
@@ -145,11 +150,16 @@ def _run(
 ) -> Summary:
     ray = import_extra("ray", "ray")
     data = import_extra("ray.data", "ray")
-    names = list(_names([paths] if isinstance(paths, str | Path) else paths, filesystem))
+    paths = [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    output = str(output).rstrip("/")
+    _check_output(output, paths, filesystem)
+    names = list(_names(paths, filesystem))
     if not names:
-        raise ValueError(f"found no images in {paths}")
+        raise ValueError(f"found no images in {', '.join(paths)}")
     model = _loaded(model)
-    cluster = ray.cluster_resources() if ray.is_initialized() else {}
+    if not ray.is_initialized():
+        ray.init()
+    cluster = ray.cluster_resources()
     if num_gpus is None:
         num_gpus = 1 if cluster.get("GPU") else 0
     if concurrency is None:
@@ -175,19 +185,20 @@ _RANGE = ("min_size", "max_size")
 
 
 def _write(computed: "ray.data.Dataset", output: str, filesystem: Any) -> Summary:
-    """Everything first, then good rows and failures apart: both are there only when both are whole."""
+    """Everything first, then good rows and failures apart, in place of older ones."""
     data = import_extra("ray.data", "ray")
-    unfinished, errors = f"{output}.unfinished", f"{output}.errors"
-    for folder in (unfinished, errors, output):
-        _remove(folder, filesystem)
+    unfinished, errors = _beside(output)
+    _remove(unfinished, filesystem)
     computed.write_parquet(unfinished, filesystem=filesystem)
     whole = data.read_parquet(unfinished, filesystem=filesystem).sort(ORDER).materialize()
     whole.context.execution_options.preserve_order = True
     images = whole.count()
     failed = whole.map_batches(_failures, batch_format="pyarrow")
     failures = failed.count()
+    _remove(errors, filesystem)
     if failures:
         failed.write_parquet(errors, filesystem=filesystem)
+    _remove(output, filesystem)
     whole.map_batches(_good, batch_format="pyarrow").write_parquet(output, filesystem=filesystem)
     _remove(unfinished, filesystem)
     return Summary(images, failures)
@@ -245,9 +256,9 @@ class _Loader:
         return self._crop.load(source.source() if isinstance(source, _Opened) else source)
 
 
-def _names(paths: Iterable[str | Path], filesystem: Any) -> Iterator[str]:
+def _names(paths: Iterable[str], filesystem: Any) -> Iterator[str]:
     """Names of the images; those of other filesystems as URIs."""
-    for path in map(str, paths):
+    for path in paths:
         if filesystem is None and "://" not in path:
             yield from (str(Path(file).absolute()) for file in Images((path,)).files())
             continue
@@ -265,12 +276,45 @@ def _resolved(path: str, filesystem: Any) -> tuple[Any, str]:
     return (filesystem, path) if filesystem is not None else import_extra("pyarrow.fs", "ray").FileSystem.from_uri(path)
 
 
+def _beside(output: str) -> tuple[str, str]:
+    """Folders of results that are unfinished, and of failures."""
+    return f"{output}.unfinished", f"{output}.errors"
+
+
+def _check_output(output: str, paths: list[str], filesystem: Any) -> None:
+    """ValueError for an output that is not apart from the inputs, or that would replace anything but older results."""
+    fs = import_extra("pyarrow.fs", "ray")
+    places = [(path, *_place(path, filesystem)) for path in paths]
+    for folder in (output, *_beside(output)):
+        kind, place = _place(folder, filesystem)
+        for path, other, given in places:
+            if kind == other and (place.is_relative_to(given) or given.is_relative_to(place)):
+                raise ValueError(f"output {folder} and input {path} must be apart, one is in the other")
+        where, root = _located(folder, filesystem)
+        there = where.get_file_info(root)
+        others = [root] if there.is_file else []
+        if there.type == fs.FileType.Directory:
+            found = where.get_file_info(fs.FileSelector(root))
+            others = [info.path for info in found if not info.is_file or info.extension != "parquet"]
+        if others:
+            raise ValueError(f"output {folder} must be new, or hold parquet files alone: {others[0]} is there")
+
+
+def _place(path: str, filesystem: Any) -> tuple[str, PurePath]:
+    """A kind of filesystem, and a path in it that can be compared with others."""
+    if filesystem is None and "://" not in path:
+        return "local", Path(os.path.realpath(path))
+    where, root = _resolved(path, filesystem)
+    return where.type_name, Path(os.path.realpath(root)) if where.type_name == "local" else PurePosixPath("/", root)
+
+
 def _remove(folder: str, filesystem: Any) -> None:
     fs = import_extra("pyarrow.fs", "ray")
-    where, path = (filesystem, folder) if filesystem is not None else _resolved(_uri(folder), None)
+    where, path = _located(folder, filesystem)
     if where.get_file_info(path).type == fs.FileType.Directory:
         where.delete_dir(path)
 
 
-def _uri(path: str) -> str:
-    return path if "://" in path else Path(path).absolute().as_uri()
+def _located(path: str, filesystem: Any) -> tuple[Any, str]:
+    """_resolved, for local paths too."""
+    return _resolved(path if filesystem is not None or "://" in path else Path(path).absolute().as_uri(), filesystem)

@@ -303,7 +303,7 @@ def test_wrong_models():
     [
         ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"threads": -1}, "threads must be at least 0, got -1"),
-        ({"batch_size": "large"}, "batch_size must be a number or auto, got 'large'"),
+        ({"batch_size": "large"}, "batch_size must be a whole number or auto, got 'large'"),
     ],
 )
 def test_wrong_options(model, options, said):
@@ -341,7 +341,7 @@ class TestProcesses:
         pipeline = swinfast.Predictor(model, batch_size=2, device="cpu", workers=0)
         job = Job(pipeline, swinfast.Images(tuple(images)), tmp_path / "out.csv", Division(2, 2), False, {})
         parts, seen = job.parts(), []
-        parts.begin(False)
+        parts.begin(False, job.files())
         assert work(job, lambda names, reasons: seen.extend(names), 1, 3).parts == 6
         assert (parts.finished(), seen) == ({1, 4}, images[2:4] + images[8:10])
         work(job, lambda names, reasons: seen.extend(names))
@@ -351,7 +351,7 @@ class TestProcesses:
     def test_errors(self, model, images, bad_images, tmp_path):
         predictor = swinfast.Predictor(model, batch_size=2, device="cpu")
         files = [*images, str(bad_images["cut"])]
-        with pytest.raises(StrictError, match=r"cpu: .*cut.jpg can't be read"):
+        with pytest.raises(StrictError, match=r"cpu: .*cut.jpg failed"):
             predictor.write(files, tmp_path / "out.csv", part_size=2, devices=("cpu", "cpu"), strict=True)
         with pytest.raises(RuntimeError, match="device 'cuda:77' is not available here"):
             predictor.write(files, tmp_path / "out.csv", devices=("cpu", "cuda:77"))

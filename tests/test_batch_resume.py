@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -171,12 +172,48 @@ def test_finished_run(make, images, tmp_path):
     assert len(output.read_text().splitlines()) == 12
 
 
+@pytest.mark.parametrize("missing", ["out.npy", "out.index.csv"])
+def test_file_of_a_finished_run_that_is_gone(make, images, tmp_path, missing):
+    """It is made again; with other settings that is refused still."""
+    make(swinfast.Embedder).write(images, tmp_path / "out.npy", part_size=4)
+    expected = (tmp_path / missing).read_bytes()
+    (tmp_path / missing).unlink()
+    with pytest.raises(ResumeError, match="can't be resumed: draft was false, is true"):
+        make(swinfast.Embedder, draft=True).write(images, tmp_path / "out.npy", **SMALL_PARTS)
+    assert make(swinfast.Embedder).write(images, tmp_path / "out.npy", **SMALL_PARTS).done_now == 16
+    assert (tmp_path / missing).read_bytes() == expected
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_output_in_the_folder_of_its_inputs(make, images, tmp_path, finished):
+    """It is no input of a second run, and nor are its parts; nor is it one where it is given."""
+    folder, output = tmp_path / "photos", tmp_path / "photos/out.parquet"
+    folder.mkdir()
+    for file in images[:3]:
+        file.rename(folder / file.name)
+    names = sorted(str(folder / file.name) for file in images[:3])
+    options = {"part_size": 2, "resume": not finished}
+
+    def stop(names, reasons):
+        raise KeyboardInterrupt
+
+    if not finished:
+        with pytest.raises(KeyboardInterrupt):
+            make().write(folder, output, watch=stop, **options)
+    for _ in range(3):
+        assert make().write(folder, output, **options).images == 3
+        assert parquet.read_table(output)["filename"].to_pylist() == names
+    with pytest.raises(ValueError, match=r"out.parquet is written by this run, and can't be an input of it"):
+        make().write([folder, output], output, **options)
+    assert parquet.read_table(output).num_rows == 3
+
+
 class TestRefusals:
     @pytest.fixture
     def unfinished(self, make, images, tmp_path) -> Path:
         """Three of four parts are done."""
         output = tmp_path / "out.csv"
-        with pytest.raises(StrictError, match=r"cut.jpg can't be read: OSError: .*truncated"):
+        with pytest.raises(StrictError, match=r"cut.jpg failed: OSError: .*truncated"):
             make().write([*images[:3], *images[4:8], *images[9:]], output, strict=True, **SMALL_PARTS)
         assert len(list(tmp_path.glob("out.csv.parts/0*.json"))) == 2
         return output
@@ -197,6 +234,16 @@ class TestRefusals:
             make(**options).write(images, unfinished, **SMALL_PARTS)
         assert len(list(unfinished.parent.glob("out.csv.parts/0*.json"))) == 2
 
+    @pytest.mark.parametrize(
+        "chosen, said",
+        [({"members": "photo/*"}, 'members was "*", is "photo/*"'), ({"image_column": "b"}, 'column was null, is "b"')],
+        ids=["members", "image_column"],
+    )
+    def test_other_images_of_archives(self, make, images, unfinished, chosen, said):
+        paths = tuple(map(str, [*images[:3], *images[4:8], *images[9:]]))
+        with pytest.raises(ResumeError, match=f"can't be resumed: .*{re.escape(said)}"):
+            make().write(swinfast.Images(paths, **chosen), unfinished, **SMALL_PARTS)
+
     def test_other_weights(self, images, unfinished, model_folder):
         model = randomise(swinfast.create_model(str(model_folder)), seed=1)
         with pytest.raises(ResumeError, match="model was"):
@@ -209,6 +256,23 @@ class TestRefusals:
     def test_fewer_images(self, make, images, unfinished):
         with pytest.raises(ResumeError, match="has results of more images than there are now"):
             make().write([*images[:3], images[4]], unfinished, **SMALL_PARTS)
+
+    @pytest.mark.parametrize(
+        "content, said",
+        [("", "no JSON"), ("null", "has no settings"), ("{}", "has no settings"), ('{"settings": 1}', "no settings")],
+    )
+    def test_damaged_manifest(self, make, images, unfinished, content, said):
+        (unfinished.with_name("out.csv.parts") / "manifest.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ResumeError, match=f"manifest.json .*{said}"):
+            make().write(images, unfinished, **SMALL_PARTS)
+
+    def test_damaged_manifest_of_a_finished_run(self, make, images, tmp_path):
+        output, manifest = tmp_path / "out.csv", tmp_path / "out.csv.manifest.json"
+        make().write(images, output)
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        manifest.write_text(json.dumps({"settings": content["settings"]}), encoding="utf-8")
+        with pytest.raises(ResumeError, match=r"out.csv.manifest.json has no totals of a finished run"):
+            make().write(images, output, resume=True)
 
     def test_starting_anew(self, make, images, unfinished):
         assert make(topk=3).write(images, unfinished, part_size=4).done_now == 16

@@ -164,6 +164,96 @@ def test_files_from(files, tmp_path):
     assert images.count() == 4
 
 
+def test_byte_order_mark_of_a_list(files, tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(map(str, files)), encoding="utf-8-sig")
+    assert list(Images(files_from=str(tmp_path / "list.txt")).files()) == list(map(str, files))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_list_that_can_be_read_once_alone(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=f"files_from must be a regular file, got '{tmp_path}/pipe'"):
+        Images(files_from=str(tmp_path / "pipe"))
+
+
+def test_entries_that_lead_nowhere(embed, plain, files, tmp_path):
+    """Each is told, and the run goes on."""
+    (tmp_path / "04.jpg").symlink_to("04.jpg")
+    (tmp_path / "list.txt").write_text(f"{tmp_path}\n{'long' * 75}.png\n{'long' * 75}.tar")
+    good, bad = embed(Images(files_from=str(tmp_path / "list.txt")))
+    assert same({Path(name).stem: value for name, value in good.items()}, plain)
+    assert list(bad) == [f"{tmp_path}/04.jpg", f"{'long' * 75}.png", f"{'long' * 75}.tar"]
+    assert [reason.partition(":")[0] for reason in bad.values()] == ["OSError"] * 3
+    assert list(Images((f"{tmp_path}/0*.jpg",)).files()) == [f"{tmp_path}/04.jpg"]
+
+
+def test_folder_that_can_not_be_listed(embed, plain, files, tmp_path, monkeypatch):
+    """As if it belonged to another user, which nothing does to root."""
+    (tmp_path / "02-private").mkdir()
+    scandir = os.scandir
+
+    def denied(folder):
+        if folder.endswith("private"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(sources.os, "scandir", denied)
+    good, bad = embed(Images((str(tmp_path),)))
+    assert same({Path(name).stem: value for name, value in good.items()}, plain)
+    assert list(bad) == [f"{tmp_path}/02-private"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_folders_of_others(files, tmp_path):
+    """One that can't be listed, and a link and a path into one that can't be entered."""
+    write_image(tmp_path / "closed/x.png")
+    (tmp_path / "05.png").symlink_to(tmp_path / "closed/x.png")
+    (tmp_path / "closed").chmod(0)
+    try:
+        found = list(Images((str(tmp_path), f"{tmp_path}/closed/x.png", f"{tmp_path}/closed/*.png")).files())
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+    closed = [tmp_path / name for name in ("05.png", "closed", "closed/x.png", "closed/*.png")]
+    assert found == list(map(str, [*files, *closed]))
+
+
+def test_formats_that_pillow_does_not_decode():
+    names = ["x.h5", "x.hdf", "x.mpg", "x.mpeg", "x.grib", "x.bufr", "x.wmf", "x.pdf", "x.txt", "png"]
+    assert [name for name in names if sources.has_image_ending(name)] == []
+    names = ["x.JPG", "x.png", "x.webp", "x.tif", "x.mpo", "x.gif", "x.jp2"]
+    assert [name for name in names if sources.has_image_ending(name)] == names
+
+
+class TestOutputAmongInputs:
+    @pytest.fixture
+    def folder(self, files, tmp_path) -> Path:
+        """With a run's output, parts, and leftovers, and with another run's."""
+        for name in ("out", "other"):
+            for place in (f"{name}.parquet", f"{name}.parquet.parts/0.parquet", f"{name}.parquet.parts.done/0.parquet"):
+                (tmp_path / place).parent.mkdir(exist_ok=True)
+                (tmp_path / place).touch()
+        (tmp_path / "link.parquet").symlink_to(tmp_path / "out.parquet")
+        return tmp_path
+
+    @pytest.mark.parametrize("output", ["out.parquet", "{}/out.parquet", "../{0.name}/out.parquet"])
+    def test_left_out(self, files, folder, monkeypatch, output):
+        monkeypatch.chdir(folder)
+        names = [file.name for file in files]
+        names += ["other.parquet", "other.parquet.parts.done/0.parquet", "other.parquet.parts/0.parquet"]
+        images = Images((".", "*.parquet"), output=output.format(folder))
+        assert list(images.files()) == [*(f"./{name}" for name in names), "other.parquet"]
+
+    @pytest.mark.parametrize("name", ["out.parquet", "out.parquet.parts/0.parquet", "link.parquet"])
+    def test_given(self, folder, name):
+        """Refused before any work as a path, and as it is come to in a list."""
+        said = f"{name} is written by this run, and can't be an input of it"
+        with pytest.raises(ValueError, match=said):
+            Images((f"{folder}/{name}",), output=f"{folder}/out.parquet")
+        (folder / "list.txt").write_text(f"{folder}/{name}")
+        with pytest.raises(ValueError, match=said):
+            list(Images(files_from=f"{folder}/list.txt", output=f"{folder}/out.parquet"))
+
+
 def test_folders_are_walked_in_the_order_of_paths(tmp_path):
     for name in ("a/x.png", "a-b/x.png", "a.png", "a/b/y.jpg", "a/B.png", "b/s.tar", "b/t.PARQUET", "c.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -45,13 +48,13 @@ def test_one_of_each_bad_file(predict, faults, tmp_path, capsys):
     assert {Path(name).name for name in errors} == set(REASONS)
     for name, reason in REASONS.items():
         assert reason in errors[str(faults / name)]
-    assert "swinfast: 6 of 11 images could not be read" in capsys.readouterr().err
+    assert "swinfast: 6 of 11 images failed" in capsys.readouterr().err
 
 
 def test_strict(predict, faults, tmp_path, capsys):
     options = ["--output", tmp_path / "out.csv", "--batch-size", 1, "--part-size", 1]
     assert predict(faults, *options, "--strict") == 2
-    assert f"swinfast: error: {faults}/bomb.png can't be read: DecompressionBombError" in capsys.readouterr().err
+    assert f"swinfast: error: {faults}/bomb.png failed: DecompressionBombError" in capsys.readouterr().err
     assert not (tmp_path / "out.csv").exists()
     assert predict(faults, *options, "--resume") == 1
     assert len(read_csv(tmp_path / "out.csv")) == 6
@@ -108,6 +111,45 @@ def test_arrays(photos, model_folder, tmp_path, command, endings, capsys):
     assert [np.load(file).shape for file in arrays] == (
         [(5, 32)] if command == "embed" else [(5, 16, 16, 16), (5, 32, 8, 8)]
     )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no /dev/fd there")
+@pytest.mark.parametrize("source", ["-", "/dev/fd/{}"])
+def test_list_through_a_pipe(predict, photos, tmp_path, monkeypatch, source, capsys):
+    """It is read once, and no image of it is lost, in a run that is resumed neither."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+
+    def run(names: list[str], *options: object) -> int:
+        readable, writable = os.pipe()
+        os.write(writable, "\n".join(names).encode())
+        os.close(writable)
+        with os.fdopen(readable) as stream:
+            monkeypatch.setattr(sys, "stdin", stream)
+            output = ["--output", tmp_path / "out.csv", "--batch-size", 1, "--part-size", 1]
+            return predict("--files-from", source.format(readable), *output, *options)
+
+    names = names_in(photos)
+    assert run([*names[:2], str(photos / "gone.png"), *names[2:]], "--strict") == 2
+    assert run([*names[:2], str(photos / "gone.png"), *names[2:]], "--resume") == 1
+    assert [row[0] for row in read_csv(tmp_path / "out.csv")[1:]] == names
+    assert run(names, "--resume") == 2
+    assert "the inputs are others now" in capsys.readouterr().err
+    assert run([]) == 2
+    assert f"found no images in {source.format('')}" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(names) == 2
+    assert "--files-from must be a regular file under torchrun" in capsys.readouterr().err
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_output_among_the_inputs(predict, photos, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pyarrow")
+    monkeypatch.chdir(photos)
+    for options in ([], [], ["--resume"]):
+        assert predict(".", "--output", "out.parquet", *options) == 0
+    assert predict("a.png", "out.parquet", "--output", "out.parquet") == 2
+    assert "error: out.parquet is written by this run" in capsys.readouterr().err
 
 
 def test_progress_on_a_terminal(predict, photos, tmp_path, monkeypatch):

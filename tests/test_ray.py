@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from helpers import write_image
 import swinfast
 import swinfast.ray
 
+arrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 fs = pytest.importorskip("pyarrow.fs")
 
@@ -85,6 +87,97 @@ def test_names_of_any_filesystem(images, tmp_path):
     assert swinfast.ray._Opened(f"{uri}/{images[1].name}", None).source() == images[1].read_bytes()
 
 
+def write_older(folder: Path) -> None:
+    """What an older run may have left."""
+    folder.mkdir()
+    parquet.write_table(arrow.table({"filename": ["older.png"]}), folder / "older.parquet")
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def stand_in(monkeypatch) -> SimpleNamespace:
+    """For Ray, with a cluster of 8 cores and 2 GPUs; it does no more than tell what it was asked for."""
+    asked = SimpleNamespace(inits=0, actors=None)
+
+    class Dataset:
+        context = SimpleNamespace(execution_options=SimpleNamespace())
+
+        def map_batches(self, function, **options):
+            asked.actors = options
+            return self
+
+        def write_parquet(self, folder, filesystem):
+            raise StopIteration
+
+    def init():
+        asked.inits += 1
+
+    ray, data = ModuleType("ray"), ModuleType("ray.data")
+    ray.init, ray.is_initialized = init, lambda: asked.inits > 0
+    ray.cluster_resources = lambda: {"CPU": 8.0, "GPU": 2.0} if asked.inits else pytest.fail("before ray.init")
+    data.from_items = lambda items, **options: Dataset()
+    data.ActorPoolStrategy = lambda **sizes: sizes
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.data", data)
+    return asked
+
+
+def test_resources_of_the_cluster(stand_in, model_folder, images, tmp_path):
+    """They are read whether Ray was started before or is now."""
+    for options, expected in (({}, (2, 1)), ({"num_gpus": 0.5}, (4, 0.5)), ({"num_gpus": 0}, (4, None))):
+        with pytest.raises(StopIteration):
+            swinfast.ray.predict(images, str(tmp_path / "out"), model=str(model_folder), **options)
+        assert (stand_in.actors["compute"]["size"], stand_in.actors["num_gpus"]) == expected
+    assert stand_in.inits == 1
+
+
+class TestOutputs:
+    """What was there is there still when a run is refused, and while one computes."""
+
+    @pytest.fixture
+    def refused(self, stand_in, images, model_folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+
+        def run(said: str, paths: str | list[str], output: str, **options) -> None:
+            before = contents(tmp_path)
+            with pytest.raises(ValueError, match=said):
+                swinfast.ray.predict(paths, output, model=str(model_folder), **options)
+            assert contents(tmp_path) == before
+
+        return run
+
+    @pytest.mark.parametrize("path", ["{}/photos", "photos", "{}/photos/00.png", "photos/*.png", "file://{}/photos"])
+    @pytest.mark.parametrize("output", ["{}", "{}/photos", "photos/", "file://{}", "link"])
+    def test_around_inputs(self, refused, tmp_path, path, output):
+        (tmp_path / "link").symlink_to("photos")
+        refused("must be apart, one is in the other", ["a.png", path.format(tmp_path)], output.format(tmp_path))
+
+    def test_inside_of_inputs(self, refused, tmp_path):
+        for output in ("photos/out", f"{tmp_path}/photos/a/out", f"file://{tmp_path}/photos/out", "photos/00.png"):
+            refused("must be apart, one is in the other", "photos", output)
+        inside = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+        refused("must be apart, one is in the other", "/photos", "photos/out", filesystem=inside)
+
+    @pytest.mark.parametrize("folder", ["out", "out.errors", "out.unfinished"])
+    @pytest.mark.parametrize("name", ["notes.txt", "more/older.parquet", ""])
+    def test_that_others_wrote(self, refused, tmp_path, folder, name):
+        (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / name).write_text("text")
+        refused("must be new, or hold parquet files alone: ", "photos", "out")
+
+    def test_older_ones_stay_while_it_computes(self, stand_in, model_folder, images, tmp_path):
+        for name in ("out", "out.errors", "out.unfinished"):
+            write_older(tmp_path / name)
+        before = contents(tmp_path)
+        with pytest.raises(StopIteration):
+            swinfast.ray.predict(images, str(tmp_path / "out"), model=str(model_folder))
+        del before[tmp_path / "out.unfinished/older.parquet"]
+        assert contents(tmp_path) == before
+
+
 def test_without_ray(model_folder, images, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(RuntimeError, match=r"needs ray, which is not installed: pip install 'swinfast\[ray\]'"):
@@ -116,6 +209,8 @@ def test_cluster_that_loses_a_node(cluster, model_folder, images, bad_images, tm
         str(images[0]),
     ]
     output = tmp_path / "predictions"
+    write_older(output)
+    write_older(tmp_path / "predictions.errors")
     lost = []
 
     def lose_a_node() -> None:
@@ -124,7 +219,7 @@ def test_cluster_that_loses_a_node(cluster, model_folder, images, bad_images, tm
             if time.monotonic() > give_up:
                 return
             time.sleep(0.02)
-        lost.append(not output.exists())
+        lost.append([file.name for file in output.iterdir()] == ["older.parquet"])
         cluster.remove_node(cluster.workers[0], allow_graceful=False)
 
     killer = threading.Thread(target=lose_a_node)
@@ -132,7 +227,7 @@ def test_cluster_that_loses_a_node(cluster, model_folder, images, bad_images, tm
     options = {"batch_size": 4, "concurrency": 2, "blocks": 76, "num_cpus": 1, "topk": 3, "device": "cpu"}
     summary = swinfast.ray.predict(files, str(output), model=str(model_folder), **options)
     killer.join()
-    assert lost == [True], "the node was not lost while the run went on"
+    assert lost == [True], "the node was not lost while the run went on and older results were there"
     assert [node["Alive"] for node in sys.modules["ray"].nodes()].count(False) == 1
     assert summary == swinfast.ray.Summary(images=303, failures=2)
     assert same(parquet.read_table(output).to_pylist(), rows_of(model_folder, files, tmp_path / "expected.parquet"))

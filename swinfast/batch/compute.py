@@ -149,7 +149,8 @@ def find_batch_size(function: Function, shape: tuple[int, int, int], device: tor
     rates: dict[int, float] = {}
     size = 1
     while size <= LARGEST_BATCH:
-        pixels = torch.randint(0, 256, (size, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (size, *shape), dtype=torch.uint8, generator=generator, device="cpu")
         try:
             rates[size] = _rate(function, pixels.to(device))
         except torch.OutOfMemoryError:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from .decode import Decoder, Reasons
 from .sources import Item
 
 CHUNK = 8  # images that one decoding process takes at a time
+NOT_FINITE = "the model's output is not finite"
 AHEAD, MOST = 3, 64  # batches in the hands of decoding processes: at least, and at most, however small they are
 
 
@@ -128,7 +130,7 @@ def _batches(computing: Iterable[object]) -> int:
 def _start(decoder: Decoder, batch: Batch, crop: Crop, pinned: bool) -> _Decoding:
     """Hand a batch to the decoding processes, in chunks that each have their place in one buffer."""
     sources = [item.source for item in batch.items if item.reason is None]
-    buffer = torch.empty((len(sources), *crop.shape), dtype=torch.uint8, pin_memory=pinned)
+    buffer = torch.empty((len(sources), *crop.shape), dtype=torch.uint8, device="cpu", pin_memory=pinned)
     chunks = []
     for start in range(0, len(sources), CHUNK):
         place = buffer[start : start + CHUNK]
@@ -162,4 +164,15 @@ def _finish(step: tuple[_Decoding, Reasons, object] | PartEnd, compute: Compute)
     if isinstance(step, PartEnd):
         return step
     decoding, reasons, started = step
-    return Done(decoding.names, reasons, {} if started is None else compute.finish(started))
+    return Done(decoding.names, *judged(reasons, {} if started is None else compute.finish(started)))
+
+
+def judged(reasons: Reasons, arrays: Arrays) -> tuple[Reasons, Arrays]:
+    """Reasons and rows once more: images whose outputs are not finite are failures too."""
+    checks = [np.isfinite(array).all(axis=tuple(range(1, array.ndim))) for array in arrays.values()]
+    finite = np.logical_and.reduce(checks)  # for each row
+    if finite.all():
+        return reasons, arrays
+    rows = iter(finite.tolist())
+    reasons = [NOT_FINITE if reason is None and not next(rows) else reason for reason in reasons]
+    return reasons, {name: array[finite] for name, array in arrays.items()}

@@ -63,8 +63,8 @@ class Parts:
         self._lock: int | None = None
         self.errors = output.with_name(output.name + ".errors.csv")
 
-    def begin(self, resume: bool) -> Totals | None:
-        """Make the folder, or find it again; Totals where the whole run is finished already.
+    def begin(self, resume: bool, files: list[OutputFile]) -> Totals | None:
+        """Make the folder, or find it again; Totals where the whole run is finished already, with all of its files.
 
         Raises:
             ResumeError: There is something to resume, but of other settings.
@@ -75,12 +75,14 @@ class Parts:
         if self.folder.exists():
             self._take_lock()
         if resume and (self.folder / MANIFEST).exists():
-            self._check(json.loads((self.folder / MANIFEST).read_text(encoding="utf-8")), self.folder)
+            self._check(_read_manifest(self.folder / MANIFEST), self.folder)
             return None
-        if resume and self.manifest.exists() and self.output_exists():
-            content = json.loads(self.manifest.read_text(encoding="utf-8"))
+        there = [file.target.exists() for file in files]
+        if resume and self.manifest.exists() and any(there):
+            content = _read_manifest(self.manifest)
             self._check(content, self.output)
-            return Totals(**content["totals"])
+            if all(there):
+                return _totals(content, self.manifest)
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir()
@@ -94,17 +96,13 @@ class Parts:
             os.close(self._lock)
             self._lock = None
 
-    def output_exists(self) -> bool:
-        """Whether the whole is there; of .npy outputs the index always is."""
-        return self.output.exists() or self.output.with_suffix(".index.csv").exists()
-
     @classmethod
     def batch_size_of(cls, output: Path) -> int | None:
         """The batch size of a run that can be resumed, None where there is none."""
         parts = cls(output, {})
         for file in (parts.folder / MANIFEST, parts.manifest):
             if file.exists():
-                return json.loads(file.read_text(encoding="utf-8"))["settings"]["batch_size"]
+                return _read_manifest(file)["settings"].get("batch_size")
         return None
 
     @classmethod
@@ -219,6 +217,24 @@ class Parts:
         temporary = self.folder / f"{target.name}.{os.getpid()}"
         temporary.write_text(json.dumps(content), encoding="utf-8")
         _move_into_place(temporary, target)
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    """ResumeError for a file that is no manifest."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResumeError(f"{file} is no JSON: {error}; start anew without resuming") from error
+    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+        raise ResumeError(f"{file} is no manifest of a run, it has no settings; start anew without resuming")
+    return content
+
+
+def _totals(content: dict[str, Any], file: Path) -> Totals:
+    try:
+        return Totals(**content["totals"])
+    except (KeyError, TypeError) as error:
+        raise ResumeError(f"{file} has no totals of a finished run; start anew without resuming") from error
 
 
 def check_output(output: Path) -> None:

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ class Summary:
 
     Attributes:
         images: All of the inputs, with those that were done before, and with the failures.
-        failures: Images that could not be read.
+        failures: Images that failed: not read, or with outputs that are not finite.
         done_now: Images of this run.
         seconds: From the first to the last of them.
         waits: Where the time went; of several processes, their sum.
@@ -87,6 +87,7 @@ def write(
         raise ValueError(f"part_size must be at least 1, got {part_size}")
     check_ending(output, pipeline.endings)
     check_output(output)
+    images = replace(images, output=str(output))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         if devices:
@@ -97,7 +98,7 @@ def write(
     job = _job(pipeline, images, output, resume, strict, part_size)
     parts = job.parts()
     try:
-        finished = parts.begin(resume)
+        finished = parts.begin(resume, job.files())
         if finished is not None:
             return _nothing_to_do(job, finished)
         return _all_parts(job, parts, devices, watch)
@@ -120,7 +121,8 @@ def _job(pipeline: "Pipeline", images: Images, output: Path, resume: bool, stric
         row = sum(array.dtype.itemsize * math.prod(array.shape[1:]) for array in pipeline.no_rows().values())
         part_size = max(1, min(PART_SIZE, PART_BYTES // row))
     part_size = -(-part_size // pipeline.batch_size) * pipeline.batch_size
-    settings = pipeline.settings() | {"part_size": part_size}
+    chosen = {"members": images.members, "image_column": images.image_column}
+    settings = pipeline.settings() | {"part_size": part_size} | chosen
     return Job(pipeline, images, output, Division(part_size, pipeline.batch_size), strict, settings)
 
 
@@ -135,7 +137,8 @@ def _as_rank(pipeline, images, output, resume, strict, part_size, watch, rank, w
     pipeline.batch_size = group.tell(pipeline.batch_size)
     job = _job(pipeline, images, output, resume, strict, part_size)
     parts, count, began = job.parts(), _Count(watch), perf_counter()
-    finished = group.tell(parts.begin(resume) if rank == 0 else None)  # nobody writes before rank 0 has begun
+    begun = parts.begin(resume, job.files()) if rank == 0 else None
+    finished = group.tell(begun)  # nobody writes before rank 0 has begun
     group.close()
     if finished is not None:
         return _nothing_to_do(job, finished)

@@ -26,7 +26,7 @@ Watch = Callable[[list[str], Reasons], None]  # told of every batch: names, and 
 
 
 class StrictError(RuntimeError):
-    """An image could not be read, and the run was to stop at the first such one."""
+    """An image failed, and the run was to stop at the first such one."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def work(job: Job, watch: Watch, rank: int = 0, world: int = 1) -> Share:
 
     Raises:
         ResumeError: The inputs are not those of the parts that are finished.
-        StrictError: An image can't be read, in a strict job.
+        StrictError: An image fails, in a strict job.
         OSError: Results can't be written.
     """
     parts, files, share = job.parts(), job.files(), Share()
@@ -84,7 +84,7 @@ def work(job: Job, watch: Watch, rank: int = 0, world: int = 1) -> Share:
         for step in running:
             if isinstance(step, Done):
                 if job.strict and (failed := step.failures()):
-                    raise StrictError(f"{failed[0][0]} can't be read: {failed[0][1]}")
+                    raise StrictError(f"{failed[0][0]} failed: {failed[0][1]}")
                 collected.add(step)
                 watch(step.names, step.reasons)
             elif collected.images:

@@ -6,14 +6,16 @@ from front to back.
 
 import fnmatch
 import glob
+import importlib
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from ..pixels import Source
 from .optional import import_extra
@@ -22,6 +24,7 @@ from .worker import reason_of
 TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 PARQUET = (".parquet",)
 ROWS = 64  # of a parquet file in memory at a time
+COMPRESSED = {rb"\x1f\x8b": "gzip", rb"BZh\d1AY&SY": "bz2", rb"\xfd7zXZ|\]\0\0\x80": "lzma"}  # starts of files: modules
 
 
 class Item(NamedTuple):
@@ -39,29 +42,36 @@ class Images:
     Attributes:
         paths: Image files, tar shards (a webdataset's, or any with images in it), parquet files with a column of
             images; folders, searched recursively for all of these; glob patterns.
-        files_from: A text file with one path a line, read after paths.
+        files_from: A text file with one path a line, read after paths; a regular file, as it is read several times.
         members: A pattern for the names of the files in tar shards that are wanted.
         image_column: Of parquet files; by default "image", or else the first one that can hold images.
+        output: Of the run that reads them: it is none of its inputs, and nor are its parts.
+
+    Raises:
+        ValueError: files_from is no regular file, or output is among the paths.
     """
 
     paths: tuple[str, ...] = ()
     files_from: str | None = None
     members: str = "*"
     image_column: str | None = None
+    output: str | None = None
+
+    def __post_init__(self):
+        if self.files_from is not None and Path(self.files_from).exists() and not Path(self.files_from).is_file():
+            raise ValueError(f"files_from must be a regular file, got {self.files_from!r}")
+        for path in self.paths:
+            self._check(path)
 
     def __iter__(self) -> Iterator[Item]:
         for file in self.files():
             yield from self.items(file)
 
     def files(self) -> Iterator[str]:
-        """Image files and archives."""
-        for path in self.paths:
-            yield from _expand(path)
-        if self.files_from is not None:
-            with Path(self.files_from).open(encoding="utf-8", errors="surrogateescape") as lines:
-                for line in lines:
-                    if line := line.rstrip("\r\n"):
-                        yield from _expand(line)
+        """Image files and archives; also paths that can't be looked into, so that reading them says why."""
+        for path in self._given():
+            self._check(path)
+            yield from (file for file in _expand(path) if not self._is_own(file))
 
     def items(self, file: str) -> Iterator[Item]:
         """The images in a file: itself, or those of an archive. What is wrong with an archive is an Item too."""
@@ -69,10 +79,12 @@ class Images:
         if not lower.endswith(TAR + PARQUET):
             yield Item(file, file)
             return
+        if lower.endswith(PARQUET):
+            import_extra("pyarrow.parquet", "parquet")  # where it is missing the run ends
         read = self._tar if lower.endswith(TAR) else self._parquet
         try:
             yield from read(file)
-        except (OSError, EOFError, ValueError, tarfile.TarError) as error:  # pyarrow's errors are ValueErrors
+        except Exception as error:  # damaged archives make their readers raise nearly any type
             yield Item(file, file, reason_of(error))
 
     def count(self) -> int:
@@ -82,29 +94,48 @@ class Images:
             for file in self.files()
         )
 
+    def _given(self) -> Iterator[str]:
+        yield from self.paths
+        if self.files_from is not None:
+            with Path(self.files_from).open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+                yield from filter(None, (line.rstrip("\r\n") for line in lines))
+
+    def _check(self, path: str) -> None:
+        if self._is_own(path):
+            raise ValueError(f"{path} is written by this run, and can't be an input of it")
+
+    def _is_own(self, file: str) -> bool:
+        """Whether it is the output, one of its parts, or left of them, or a link to one of these."""
+        if self.output is None or not file.lower().endswith(Path(self.output).suffix):
+            return False
+        output = _place(self.output)
+        folders = (Path(f"{output}.parts"), Path(f"{output}.parts.done"))
+        return any(place == output or place.parent in folders for place in (_place(file), Path(os.path.realpath(file))))
+
     def _tar(self, file: str) -> Iterator[Item]:
         """Offsets into a plain archive, bytes out of a compressed one."""
-        with Path(file).open("rb") as stream:
-            try:
-                archive = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115
-                compressed = False
-            except tarfile.ReadError:
-                stream.seek(0)
-                archive = tarfile.open(fileobj=stream, mode="r|*")  # noqa: SIM115
-                compressed = True
-            with archive:
-                while (member := archive.next()) is not None:
-                    if self._is_wanted(member):
-                        where = (file, member.offset_data, member.size)
-                        source = archive.extractfile(member).read() if compressed else where
-                        yield Item(f"{file}/{member.name}", source)
-                    archive.members.clear()  # or a large archive's directory would fill the memory
-                if not compressed and 0 < os.fstat(stream.fileno()).st_size - archive.offset < tarfile.BLOCKSIZE:
-                    raise tarfile.ReadError("the archive ends within a header")
+        with (
+            Path(file).open("rb") as stream,
+            _decompressed(stream) as data,
+            tarfile.open(fileobj=data, mode="r:", tarinfo=_Header) as archive,
+        ):
+            while (member := archive.next()) is not None:
+                if self._is_wanted(member):
+                    name = f"{file}/{member.name}"
+                    if member.islnk() or member.issym():
+                        yield Item(name, file, f"ValueError: a link to {member.linkname}, not followed in tar shards")
+                    elif data is stream and not member.issparse():
+                        yield Item(name, (file, member.offset_data, member.size))
+                    else:
+                        yield Item(name, archive.extractfile(member).read())
+                archive.members.clear()  # or a large archive's directory would fill the memory
+            while block := data.read(1 << 20):
+                if block.strip(b"\0"):
+                    raise tarfile.ReadError("more data after the end of the archive")
 
     def _is_wanted(self, member: tarfile.TarInfo) -> bool:
-        plain = member.isreg() and not member.issparse()
-        return plain and has_image_ending(member.name) and fnmatch.fnmatchcase(member.name, self.members)
+        may_be_file = not member.isdir() and not member.isdev()  # unknown types are files, says POSIX
+        return may_be_file and has_image_ending(member.name) and fnmatch.fnmatchcase(member.name, self.members)
 
     def _parquet(self, file: str) -> Iterator[Item]:
         """Rows of a column of bytes, or of Hugging Face's {"bytes": …, "path": …}."""
@@ -136,6 +167,21 @@ class Images:
             return 1
 
 
+class _Header(tarfile.TarInfo):
+    """Of a member. One that is damaged or missing is an error; tarfile would take it for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
+        start = archive.fileobj.tell()
+        try:
+            header = super().fromtarfile(archive)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError, tarfile.EmptyHeaderError) as error:
+            raise tarfile.ReadError(f"the archive is damaged or cut off at byte {start}: {error}") from error
+        if archive.offset <= start:
+            raise tarfile.ReadError(f"the archive is damaged at byte {start}: a negative size")
+        return header
+
+
 def find_images(paths: Iterable[str | Path]) -> list[str]:
     """The files meant by files, folders (searched recursively) and glob patterns, each sorted by name.
 
@@ -147,7 +193,11 @@ def find_images(paths: Iterable[str | Path]) -> list[str]:
 def has_image_ending(name: str) -> bool:
     """Whether Pillow reads files that are named so."""
     image_format = Image.registered_extensions().get(os.path.splitext(name)[1].lower())  # noqa: PTH122
-    return image_format in Image.OPEN or image_format == "MPO"  # PDF is only written; MPO is opened as JPEG
+    if image_format == "MPO":  # opened as JPEG
+        return True
+    reader, _ = Image.OPEN.get(image_format, (None, None))  # none for PDF, which is only written
+    is_stub = isinstance(reader, type) and issubclass(reader, ImageFile.StubImageFile)
+    return reader is not None and not is_stub and image_format != "MPEG"  # which are recognised, and not decoded
 
 
 def _row(file: str, row: int, value: dict[str, Any]) -> Item:
@@ -158,20 +208,44 @@ def _row(file: str, row: int, value: dict[str, Any]) -> Item:
     return Item(name, data) if data else Item(name, b"", "ValueError: the row has no bytes of an image")
 
 
+def _decompressed(stream: BinaryIO) -> BinaryIO:
+    """What a compressed file holds, however many streams it is made of; any other file as it is."""
+    start = stream.read(10)
+    stream.seek(0)
+    for pattern, module in COMPRESSED.items():
+        if re.match(pattern, start):
+            return importlib.import_module(module).open(stream)
+    return stream
+
+
+def _place(path: str) -> Path:
+    """A path without links in its folder."""
+    folder, name = os.path.split(path)
+    return Path(os.path.realpath(folder), name)
+
+
 def _expand(path: str) -> Iterator[str]:
-    if Path(path).is_dir():
-        yield from _walk(path if path.endswith(os.sep) else str(Path(path)))
-    elif not Path(path).exists() and glob.has_magic(path):
-        matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute ones)
-        yield from [match for match in matches if Path(match).is_file()] or [path]
-    else:
-        yield path
+    try:
+        if Path(path).is_dir():
+            found = _walk(path if path.endswith(os.sep) else str(Path(path)))
+        elif not Path(path).exists() and glob.has_magic(path):
+            matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute ones)
+            found = [match for match in matches if _may_be_file(Path(match))] or [path]
+        else:
+            found = [path]
+    except (OSError, ValueError):  # reading it says the same
+        found = [path]
+    yield from found
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Files below a folder, in the order of their whole paths."""
-    with os.scandir(folder) as entries:
-        found = sorted((e.name + os.sep * e.is_dir(follow_symlinks=False), _may_be_file(e)) for e in entries)
+    """Files below a folder, in the order of their whole paths; the folder itself where it can't be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((e.name + os.sep * e.is_dir(follow_symlinks=False), _may_be_file(e)) for e in entries)
+    except OSError:
+        yield folder
+        return
     for name, is_file in found:
         path = os.path.join(folder, name)  # noqa: PTH118 (a million of them)
         if name.endswith(os.sep):
@@ -180,6 +254,9 @@ def _walk(folder: str) -> Iterator[str]:
             yield path
 
 
-def _may_be_file(entry: os.DirEntry) -> bool:
-    """A file, or a link to one, even to one that is gone: that is to be told."""
-    return entry.is_file() or (entry.is_symlink() and not entry.is_dir())
+def _may_be_file(entry: os.DirEntry | Path) -> bool:
+    """A file, or a link to one, even to one that is gone or can't be reached: that is to be told."""
+    try:
+        return entry.is_file() or (entry.is_symlink() and not entry.is_dir())
+    except OSError:
+        return True
