@@ -100,7 +100,9 @@ def _read_torch(path: Path) -> Any:
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     """The state_dict inside a training checkpoint, without the prefixes of wrappers."""
-    while isinstance(content, Mapping):
+    seen = set()  # a file may hold what holds itself
+    while isinstance(content, Mapping) and id(content) not in seen:
+        seen.add(id(content))
         nest = next((name for name in NESTS if isinstance(content.get(name), Mapping)), None)
         if nest is None:
             break
@@ -111,9 +113,8 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     if foreign:
         raise CheckpointError(f"{path} holds no state_dict: these entries are no tensors: {', '.join(foreign[:8])}")
     state = dict(content)
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    while prefix := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 

@@ -1,15 +1,19 @@
 """The command line: ``swinfast COMMAND``, one module for each group of commands. ``python -m swinfast`` is the same."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
 from . import __version__, cli_bench, cli_predict
+from .batch.formats import ESCAPE
 from .exit_codes import INTERRUPTED, UNUSABLE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code, one of exit_codes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack what is in names and tables
+        sys.stdout.reconfigure(errors=ESCAPE)
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -104,14 +105,14 @@ def _bench(options: argparse.Namespace) -> int:
             left_out += missing
     except KeyboardInterrupt:
         status = INTERRUPTED
+    if options.json:
+        full = [dict.fromkeys(COLUMNS) | row | {"rel_error": float(row["rel_error"])} for row in rows]
+        options.json.write_text(json.dumps({"rows": full, "left_out": left_out}, indent=1) + "\n", encoding="utf-8")
     if rows:
         print(_table(rows))
     for one in left_out:
         where = f"{one['dtype']}, batch {one['batch']}, {one['engine']}"
         print(f"swinfast: left out: {where}: {one['reason']}", file=sys.stderr)
-    if options.json:
-        full = [dict.fromkeys(COLUMNS) | row | {"rel_error": float(row["rel_error"])} for row in rows]
-        options.json.write_text(json.dumps({"rows": full, "left_out": left_out}, indent=1) + "\n", encoding="utf-8")
     if options.plot and rows:
         plots.throughput(rows, options.plot)
     if status == OK and any(one["engine"] == engines[0].label for one in left_out):
@@ -226,6 +227,10 @@ def _check_files(options: argparse.Namespace) -> None:
     for file in filter(None, (options.json, options.csv, options.plot)):
         if not file.parent.is_dir():
             raise ValueError(f"there is no folder {file.parent} for {file.name}")
+        if file.is_dir():
+            raise IsADirectoryError(f"{file} is a folder")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise PermissionError(f"{file} can't be written")
     if options.csv and options.csv.exists():
         check_header(options.csv)
 

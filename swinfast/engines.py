@@ -146,10 +146,14 @@ def measure(
     """
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be a CPU or a GPU of CUDA or ROCm, for which there is a clock, got {device}")
-    inputs = random_inputs(image_shape(plain), batch, dtype, device)
+    comparison, ready = Comparison(), {}
+    try:
+        inputs = random_inputs(image_shape(plain), batch, dtype, device)
+    except (RuntimeError, TypeError) as error:  # no room for the images, or more of them than 64 bits can count
+        comparison.left_out = dict.fromkeys((engine.label for engine in engines), in_a_line(error))
+        return comparison
     checked = inputs[: -(-LEAST_IMAGES // batch)]
     oracles: dict[nn.Module, Tensor] = {}
-    comparison, ready = Comparison(), {}
 
     def prepare(engine: Engine) -> Ready:
         model = plain if engine.plain is None else engine.plain

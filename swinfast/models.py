@@ -3,7 +3,8 @@
 import fnmatch
 import inspect
 import json
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +114,42 @@ def _read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     if unknown:
         raise ValueError(f"{file} has unknown model_args: {', '.join(sorted(unknown))}")
     config = data_config(architecture) | {"tag": None, "hf_hub_id": None} | pretrained_cfg
-    for key in ("input_size", "mean", "std"):
-        if not isinstance(config[key], Sequence):
-            raise ValueError(f"{file} has {key} {config[key]!r}, expected a list")
-        config[key] = tuple(config[key])
-    for key in ("num_classes", "label_names"):
-        if key in content:
-            config[key] = content[key]
+    config |= {key: content[key] for key in ("num_classes", "label_names") if key in content}
+    _check_entries(file, config)
+    _check_entries(file, model_args)
+    config |= {key: tuple(config[key]) for key in ("input_size", "mean", "std")}
     arguments = {"num_classes": config["num_classes"], "in_chans": config["input_size"][0]}
     if "global_pool" in config:
         arguments["global_pool"] = config["global_pool"]
     return architecture, arguments | model_args, config
+
+
+def _check_entries(file: Path, entries: Mapping[str, Any]) -> None:
+    """ValueError for an entry that is not what it will be taken for."""
+    for key, (expected, is_right) in ENTRIES.items():
+        if key in entries and not is_right(entries[key]):
+            raise ValueError(f"{file} has {key} {reprlib.repr(entries[key])}, expected {expected}")
+
+
+def _is(kind: Any, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_list(kind: Any, value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(_is(kind, one) for one in value)
+
+
+NUMBER = int | float
+ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "input_size": ("a list of three whole numbers", lambda value: _is_list(int, value) and len(value) == 3),
+    "mean": ("a list of numbers", lambda value: _is_list(NUMBER, value)),
+    "std": ("a list of numbers", lambda value: _is_list(NUMBER, value)),
+    "crop_pct": ("a number above 0", lambda value: _is(NUMBER, value) and value > 0),
+    "interpolation": ("a string", lambda value: _is(str, value)),
+    "global_pool": ("a string", lambda value: _is(str, value)),
+    "num_classes": ("a whole number of at least 0", lambda value: _is(int, value) and value >= 0),
+    "label_names": ("a list of strings", lambda value: value is None or _is(dict, value) or _is_list(str, value)),
+}
 
 
 def _load_pretrained(model: SwinTransformerV2Cr, config: dict[str, Any]) -> None:

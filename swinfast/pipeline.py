@@ -1,5 +1,6 @@
 """What Predictor, Embedder and FeatureExtractor share: a model, how images are prepared for it, where it computes."""
 
+import operator
 import os
 import sys
 import warnings
@@ -64,24 +65,22 @@ class Pipeline:
         threads: int = 0,
         draft: bool = False,
     ):
-        for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("threads", threads, 0)):
-            if isinstance(value, str) and (name, value) != ("batch_size", "auto"):
-                raise ValueError(f"{name} must be a number{' or auto' if name == 'batch_size' else ''}, got {value!r}")
-            if isinstance(value, int) and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.found_batch_size = isinstance(batch_size, str) and batch_size == "auto"
+        if not self.found_batch_size:
+            batch_size = whole_number("batch_size", batch_size, 1, "a whole number or auto")
+        default_workers = min(MOST_WORKERS, max(1, usable_cores() - 1))
+        self.workers = default_workers if workers is None else whole_number("workers", workers, 0)
+        self.threads = whole_number("threads", threads, 0)
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype!r}")
         self._check(model)
         self.transform = transform_of(model)
         self.crop = crop_of(model, draft)
         self.device = resolve_device(device)
-        self.workers = min(MOST_WORKERS, max(1, usable_cores() - 1)) if workers is None else workers
-        self.threads = threads
         self.say = _warn  # takes messages for people
         self._shapes = None
         mean, std = self.transform.mean, self.transform.std
         self.model = optimize(model, backend=backend, mean=mean, std=std).to(self.device, dtype).eval()
-        self.found_batch_size = batch_size == "auto"
         self.batch_size = self._find_batch_size() if self.found_batch_size else batch_size
 
     def write(
@@ -100,10 +99,10 @@ class Pipeline:
         Args:
             images: Files, folders, patterns, tar shards, parquet files, or Images for more choices.
             output: The file; its ending says the format. Beside it come OUTPUT.manifest.json, and .errors.csv where
-                images could not be read.
+                images failed: they could not be read, or what the model made of them is not finite.
             resume: Go on where an earlier run with the same inputs, settings and model ended; start where there is
                 none, and do nothing where it is finished.
-            strict: Stop at the first image that can't be read.
+            strict: Stop at the first image that fails.
             part_size: Images after which results are safe, rounded up to whole batches; None for 1024, or fewer where
                 these would take more than 256 MiB.
             devices: Compute on all of these, in a process for each, instead of this object's device.
@@ -113,8 +112,9 @@ class Pipeline:
 
         Raises:
             ValueError: A wrong ending; or results of something else are there to resume (ResumeError).
-            StrictError: An image could not be read, and strict.
+            StrictError: An image failed, and strict.
             OSError: The output can't be written; what is finished stays.
+            TypeError: images is something else than paths.
         """
         return write(self, as_images(images), Path(output), resume, strict, part_size, devices, watch)
 
@@ -195,10 +195,8 @@ class Pipeline:
             outputs = self._outputs(pixels)
         self._shapes = {name: (tuple(out.shape[1:]), out.cpu().numpy().dtype) for name, out in outputs.items()}
 
-    def _run(self, files: Iterable[str | Path] | Images) -> Iterator[Done]:
+    def _run(self, files: Images | str | Path | Iterable[str | Path]) -> Iterator[Done]:
         """Results batch by batch, in order."""
-        if isinstance(files, str | Path):
-            files = as_images(files)
         items = files if isinstance(files, Images) else _items(files)
         steps = Division(sys.maxsize, self.batch_size).divide(items, WantAll())
         done = engine.run(steps, self.crop, self.compute(), self.workers)
@@ -227,10 +225,21 @@ def crop_of(model: nn.Module, draft: bool = False) -> Crop:
 
 
 def as_images(images: Images | str | Path | Iterable[str | Path]) -> Images:
-    """Images from one path or several."""
-    if isinstance(images, Images):
-        return images
-    return Images((str(images),) if isinstance(images, str | Path) else tuple(map(str, images)))
+    """Images from one path or several; TypeError for something else than paths."""
+    return images if isinstance(images, Images) else Images(tuple(_paths("images", images)))
+
+
+def whole_number(name: str, value: Any, least: int, expected: str = "a whole number") -> int:
+    """An argument of any integral type but bool; ValueError for another or one that is less than it may be."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -247,10 +256,19 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return device
 
 
-def _items(files: Iterable[str | Path]) -> Iterator[Item]:
-    archives = Images()
-    for file in files:
-        yield from archives.items(str(file))
+def _items(files: str | Path | Iterable[str | Path]) -> Iterator[Item]:
+    """The images meant by paths, each of which is looked at once it is needed."""
+    for path in _paths("files", files):
+        yield from Images((path,))
+
+
+def _paths(name: str, paths: Any) -> Iterator[str]:
+    """An argument's one path or several; TypeError for something else."""
+    several = isinstance(paths, Iterable) and not isinstance(paths, str | bytes | os.PathLike)
+    for path in paths if several else (paths,):
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"{name} must be paths, one or several, or Images, got {type(path).__name__}")
+        yield str(os.fsdecode(path))
 
 
 def _warn(message: str) -> None:

@@ -12,7 +12,7 @@ from .batch.compute import Arrays
 from .batch.formats import ARRAYS, PREDICTIONS, Layout
 from .batch.sources import Images, find_images
 from .labels import imagenet_labels, labels_of
-from .pipeline import Pipeline, resolve_device
+from .pipeline import Pipeline, resolve_device, whole_number
 
 __all__ = [
     "Embedder",
@@ -50,7 +50,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Failure:
-    """An image that could not be read, and why."""
+    """An image that has no result, and why: it could not be read, or what the model made of it is not finite."""
 
     filename: str
     reason: str
@@ -81,8 +81,7 @@ class Predictor(Pipeline):
         fullname: bool = True,
         **options: Any,
     ):
-        if topk < 1:
-            raise ValueError(f"topk must be at least 1, got {topk}")
+        topk = whole_number("topk", topk, 1)
         self._check(model)
         classes = model.num_classes
         self.labels = labels_of(model, classes) if labels is None else tuple(labels)
@@ -99,8 +98,11 @@ class Predictor(Pipeline):
             top = self._forward(images.to(self.device, non_blocking=True))
         return top["prob"].cpu(), top["index"].cpu()
 
-    def predict(self, files: Iterable[str | Path] | Images) -> Iterator[Prediction | Failure]:
-        """One result for each image, in order; unreadable ones give a Failure. Memory does not grow with the files."""
+    def predict(self, files: Images | str | Path | Iterable[str | Path]) -> Iterator[Prediction | Failure]:
+        """One result for each image, in order; one without a result gives a Failure. Files are as write's images.
+
+        They are taken as they are needed, and memory does not grow with them.
+        """
         for done in self._run(files):
             rows = zip(*(done.arrays[key].tolist() for key in ("index", "prob")), strict=True) if done.arrays else None
             for name, reason in zip(done.names, done.reasons, strict=True):
@@ -144,8 +146,8 @@ class _ArrayPipeline(Pipeline):
     def layout(self) -> Layout:
         return Layout(arrays=self.shapes)
 
-    def extract(self, files: Iterable[str | Path] | Images) -> Iterator[Features | Failure]:
-        """One result for each image, in order; unreadable ones give a Failure. Memory does not grow with the files."""
+    def extract(self, files: Images | str | Path | Iterable[str | Path]) -> Iterator[Features | Failure]:
+        """One result for each image, as of Predictor.predict."""
         for done in self._run(files):
             row = 0
             for name, reason in zip(done.names, done.reasons, strict=True):

@@ -50,7 +50,9 @@ class Transform:
     def normalise(self, image: Image.Image) -> Tensor:
         """An RGB or L image to float32 [C, H, W]."""
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8, copy=True)).reshape(*image.size[::-1], len(self.mean))
-        mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None] for values in (self.mean, self.std)
+        )
         return pixels.permute(2, 0, 1).contiguous().float().div(255).sub(mean).div(std)
 
 

@@ -1,12 +1,10 @@
 """Predictions as tables on the terminal."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tabulate import tabulate
 
-from .batch.formats import ESCAPE
 from .predict import Prediction
 
 LARGEST = 1000  # rows of one table: more images make several tables
@@ -32,7 +30,5 @@ def table() -> Iterator[Callable[[Prediction], None]]:
 def _print(rows: list[list[str]]) -> None:
     if rows:
         headers = ["image", *(f"top {rank}" for rank in range(1, len(rows[0])))]
-        text = tabulate(rows, headers=headers, disable_numparse=True)
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        print(text.encode(encoding, ESCAPE).decode(encoding))
+        print(tabulate(rows, headers=headers, disable_numparse=True))
         rows.clear()

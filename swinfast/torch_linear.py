@@ -42,7 +42,8 @@ def can_pack(dtype: torch.dtype) -> bool:
         return False
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
-        x, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 8), (16, 8), (16,)))
+        shapes = ((3, 8), (16, 8), (16,))
+        x, weight, bias = (torch.randn(shape, generator=generator, device="cpu").to(dtype) for shape in shapes)
         expected = F.linear(x.double(), weight.double(), bias.double())
         try:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight)

@@ -1,9 +1,11 @@
 """Does an optimised model give the answers of the plain one? The numerics policy as a function."""
 
 import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,18 +58,19 @@ def verify(model: nn.Module, fast: nn.Module, images: Tensor) -> Verification:
 
     The oracle is the plain model in float64, with its weights rounded to the dtype of the optimised one. The optimised
     model passes where its largest and its RMS error are at most twice those of the plain model in the same dtype, plus
-    a small absolute part, and where NaN and infinities stand at the same places as in the oracle. A plain model can
-    be right by luck: its errors are the larger ones of two runs, of which the second sees its images changed by no more
-    than their dtype's rounding.
+    a small absolute part, and where NaN and infinities stand at the same places as in the oracle. Where the oracle has
+    nothing else in an output, nothing could be compared, and that fails. A plain model can be right by luck: its errors
+    are the larger ones of two runs, of which the second sees its images changed by no more than their dtype's rounding.
 
     Args:
-        model: The plain model.
+        model: The plain model. It returns a tensor, or a sequence or mapping of tensors.
         fast: The optimised one, of any dtype, on the device of images.
         images: [B, in_chans, H, W], floating-point, as the models take them.
 
     Raises:
         ValueError: The models have different state_dict keys, fast is in training mode, or images is not
             floating-point.
+        TypeError: The model returns something else than tensors.
     """
     if not images.is_floating_point():
         raise ValueError(f"images must be floating-point, got {images.dtype}")
@@ -115,13 +118,22 @@ def tf32_as_in_products() -> Iterator[None]:
             cudnn.allow_tf32 = before
 
 
-def _outputs(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [output] if isinstance(output, Tensor) else list(output)
+def _outputs(output: Any) -> list[Tensor]:
+    """The tensors that a model returned, those of a mapping in the order of its keys."""
+    if isinstance(output, Tensor):
+        return [output]
+    outputs = [output[key] for key in sorted(output)] if isinstance(output, Mapping) else output
+    if isinstance(outputs, Sequence) and outputs and all(isinstance(one, Tensor) for one in outputs):
+        return list(outputs)
+    inside = f"({', '.join(type(one).__name__ for one in outputs)})" if isinstance(outputs, list | tuple) else ""
+    raise TypeError(
+        f"the model must return a tensor, or a sequence or mapping of tensors, got {type(output).__name__}{inside}"
+    )
 
 
 def _nudge(images: Tensor) -> Tensor:
     """Images changed by one rounding, up or down at random."""
-    signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1
     return images * (1 + torch.finfo(images.dtype).eps * signs.to(images))
 
 
@@ -131,8 +143,11 @@ def _compare(fast: list[Tensor], plain: Sequence[list[Tensor]], oracle: list[Ten
         place = f"output {index}: " if len(oracle) > 1 else ""
         if got.shape != true.shape:
             return f"{place}shape {tuple(got.shape)}, expected {tuple(true.shape)}"
-        if not torch.equal(got.isfinite(), true.to(dtype).isfinite()):
+        finite = true.to(dtype).isfinite()
+        if not torch.equal(got.isfinite(), finite):
             return f"{place}NaN or infinity where the oracle has none, or the other way round"
+        if finite.numel() and not finite.any():
+            return f"{place}nothing finite to compare"
         error, allowed = _errors([got], [true]), _worst(*(_errors([output], [true]) for output in base))
         for name, absolute in (("relative_rms", ABSOLUTE[dtype]), ("relative_max", 8 * ABSOLUTE[dtype])):
             bar = FACTOR * getattr(allowed, name) + absolute
@@ -149,6 +164,8 @@ def _worst(*errors: Errors) -> Errors:
 def _errors(outputs: list[Tensor], oracle: list[Tensor]) -> Errors:
     """Errors where both are finite, over all outputs."""
     pairs = [(got.double(), true) for got, true in zip(outputs, oracle, strict=True) if got.shape == true.shape]
+    if not pairs:
+        return Errors(math.inf, math.inf, math.inf)
     got = torch.cat([pair[0].flatten() for pair in pairs])
     true = torch.cat([pair[1].flatten() for pair in pairs])
     finite = got.isfinite() & true.isfinite()

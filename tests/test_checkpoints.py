@@ -54,6 +54,8 @@ FORMS = {
     "module.": lambda state: prefixed(state, "module."),
     "_orig_mod.": lambda state: {"state_dict": prefixed(state, "_orig_mod.")},
     "module._orig_mod.": lambda state: prefixed(state, "module._orig_mod."),
+    "_orig_mod.module.": lambda state: prefixed(state, "_orig_mod.module."),
+    "module.module._orig_mod.module.": lambda state: prefixed(state, "module.module._orig_mod.module."),
     "parameters": lambda state: {key: torch.nn.Parameter(value) for key, value in state.items()},
 }
 
@@ -187,6 +189,12 @@ def torch_file(content, legacy: bool = False) -> bytes:
     return file.getvalue()
 
 
+def within_itself() -> dict:
+    content = {}
+    content["model"] = {"state_dict": content}
+    return content
+
+
 STATE = {"head.fc.weight": torch.ones(10, 32), "head.fc.bias": torch.ones(10)}
 DAMAGED = {
     "empty.pth": b"",
@@ -209,6 +217,8 @@ DAMAGED = {
     "no_tensors.pth": torch_file({"epoch": 3, "lr": 0.1}),
     "empty_dict.pth": torch_file({}),
     "numbers_as_keys.pth": torch_file({1: torch.ones(2)}),
+    "within_itself.pth": torch_file(within_itself()),
+    "only_prefixes.pth": torch_file({"module.": torch.ones(2)}),
 }
 
 

@@ -1,9 +1,11 @@
 """The command line: arguments, outputs, exit codes."""
 
+import io
 import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,7 +92,7 @@ def test_unreadable_images_are_skipped(predict, photos, bad_images, tmp_path, ca
     files = [bad_images["text"], photos / "a.png", *list(bad_images.values())[1:], photos / "e.png"]
     assert predict(*files, "--output", output, "--batch-size", 2) == 1
     errors = capsys.readouterr().err.splitlines()
-    assert errors[-1] == "swinfast: 4 of 6 images could not be read"
+    assert errors[-1] == "swinfast: 4 of 6 images failed"
     for file in bad_images.values():
         assert sum(line.startswith(f"swinfast: skipped {file}: ") for line in errors) == 1
     if ending == "csv":
@@ -98,6 +100,23 @@ def test_unreadable_images_are_skipped(predict, photos, bad_images, tmp_path, ca
     else:
         done = [json.loads(line)["filename"] for line in output.read_text(encoding="utf-8").splitlines()]
     assert done == [str(photos / "a.png"), str(photos / "e.png")]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_outputs_that_are_not_finite(predict, photos, tmp_path, model_folder, capsys, ending):
+    """NaN is no JSON, and no probability."""
+    state = swinfast.create_model(str(model_folder)).state_dict()
+    state["head.fc.bias"][3] = float("nan")
+    save_file(state, tmp_path / "weights.safetensors")
+    output = tmp_path / f"out.{ending}"
+    assert predict(photos, "--checkpoint", tmp_path / "weights.safetensors", "--output", output) == 1
+    reason = "the model's output is not finite"
+    assert f"swinfast: skipped {photos / 'a.png'}: {reason}" in capsys.readouterr().err
+    assert read_csv(tmp_path / f"out.{ending}.errors.csv")[1:] == [[name, reason] for name in names_in(photos)]
+    if ending == "csv":
+        assert len(read_csv(output)) == 1
+    elif ending == "jsonl":
+        assert output.read_bytes() == b""
 
 
 def test_only_unreadable_images(predict, bad_images, tmp_path, capsys):
@@ -123,6 +142,31 @@ def test_no_images(predict, tmp_path, no_model, capsys):
 def test_unknown_model(predict, photos, tmp_path, capsys):
     assert predict(photos, model="swinv2_cr_minuscule") == 2
     assert "swinfast: error: unknown model 'swinv2_cr_minuscule'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "entries, said",
+    [
+        ({"label_names": list(range(10))}, "label_names [0, 1, 2, 3, 4, 5, ...], expected a list of strings"),
+        ({"num_classes": "10"}, "num_classes '10', expected a whole number of at least 0"),
+        ({"num_classes": None}, "num_classes None, expected a whole number of at least 0"),
+        (None, "architecture None, expected one of "),
+        ([], "architecture None, expected one of "),
+    ],
+    ids=["label_names", "num_classes", "no num_classes", "null", "list"],
+)
+@pytest.mark.parametrize("command", ["predict", "embed", "bench", "verify"])
+def test_wrong_config(command, photos, tmp_path, model_folder, capsys, entries, said):
+    """It is one line, with the file."""
+    file = tmp_path / "model/config.json"
+    shutil.copytree(model_folder, file.parent)
+    if isinstance(entries, dict):
+        entries = json.loads(file.read_text(encoding="utf-8")) | entries
+    file.write_text(json.dumps(entries), encoding="utf-8")
+    images = [str(photos), "--output", str(tmp_path / "out.parquet"), "--model"]
+    assert main([command, *(images if command in ("predict", "embed") else []), str(file.parent)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"swinfast: error: {file} has {said}")
 
 
 @pytest.mark.parametrize("output", ["nowhere/out.csv", "folder.csv", "folder.jsonl"])
@@ -223,6 +267,13 @@ def test_awkward_filenames(predict, tmp_path):
     assert "umlaut ü" in lines[2]
 
 
+def test_a_terminal_that_lacks_characters(predict, tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert predict(write_image(tmp_path / "umlaut ü.png")) == 0
+    assert rb"umlaut \xfc.png" in stream.buffer.getvalue()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
 def test_filename_that_is_no_text(predict, tmp_path, capsys):
     file = write_image(tmp_path / "awkward" / os.fsdecode(b"caf\xe9.png"))
@@ -267,7 +318,7 @@ def test_module(photos, model_folder, tmp_path):
     call = command(model_folder, "photos", "photos/missing.png", "--output", "out.csv")
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    assert "swinfast: 1 of 6 images could not be read" in done.stderr
+    assert "swinfast: 1 of 6 images failed" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(read_csv(tmp_path / "out.csv")) == 6
 

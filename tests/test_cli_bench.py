@@ -1,13 +1,17 @@
 """swinfast bench, verify and info: outputs, files, exit codes."""
 
 import csv
+import io
 import json
+import shutil
+import sys
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import small_model_args, write_image
+from safetensors.torch import save_file
 from swinfast.kernels import launch
 
 import swinfast
@@ -102,6 +106,41 @@ def test_an_engine_that_fails_is_named(bench, capsys, monkeypatch):
     assert "left out: float32, batch 1, plain compiled: OutOfMemoryError: too much" in err
 
 
+@pytest.mark.parametrize("sizes", ["1,2,1000000000000000", "1000000000000000,1,2"])
+def test_a_batch_that_has_no_room_is_named(bench, capsys, tmp_path, sizes):
+    assert bench("--batch-sizes", sizes, "--json", tmp_path / "r.json") == 1
+    out, err = capsys.readouterr()
+    assert sum("plain eager" in line for line in out.splitlines()) == 2
+    assert "left out: float32, batch 1000000000000000, swinfast: RuntimeError: " in err
+    written = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert [row["infer_batch_size"] for row in written["rows"]] == [1, 1, 2, 2]
+    assert [one["engine"] for one in written["left_out"]] == ["swinfast", "plain eager"]
+
+
+@pytest.mark.parametrize("encoding, times", [("ascii", rb"\xd7"), ("latin-1", b"\xd7")])
+def test_a_terminal_that_lacks_characters(bench, monkeypatch, tmp_path, encoding, times):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert bench("--batch-sizes", "1") == 0
+    assert b"1.00" + times in stream.buffer.getvalue()
+    monkeypatch.setattr(info, "version_of", lambda name: None)
+    assert main(["info"]) == 0
+    assert rb"\u2013" in stream.buffer.getvalue()
+    with pytest.raises(SystemExit):
+        bench("--help")
+    assert rb"N,\u2026" in stream.buffer.getvalue()
+
+
+def test_results_are_written_before_they_are_shown(bench, monkeypatch, tmp_path):
+    def closed(rows):
+        raise BrokenPipeError("nobody reads")
+
+    monkeypatch.setattr(cli_bench, "_table", closed)
+    assert bench("--batch-sizes", "1", "--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv") == 2
+    assert len(json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["rows"]) == 2
+    assert len((tmp_path / "r.csv").read_text(encoding="utf-8").splitlines()) == 3
+
+
 def test_engines_that_are_asked_for():
     made = {key: make() for key, make in cli_bench.AGAINST.items()}
     names = ["plain eager", "plain compiled", "plain compiled, max-autotune"]
@@ -153,10 +192,20 @@ def test_wrong_arguments(bench, capsys, arguments, said):
 def test_unusable(bench, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(cli_bench, "measure", lambda *args: pytest.fail("measured"))
     (tmp_path / "old.csv").write_text("a,b\n", encoding="utf-8")
+    for folder in ("folder", "folder.png", "closed"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "kept.csv").touch()
+    unwritable = (tmp_path / "closed", tmp_path / "kept.csv")
+    monkeypatch.setattr(cli_bench.os, "access", lambda path, mode: path not in unwritable)
     for arguments, said in (
         (["--csv", tmp_path / "old.csv"], "old.csv is no table to add to"),
         (["--json", tmp_path / "none/r.json"], f"there is no folder {tmp_path / 'none'} for r.json"),
         (["--plot", tmp_path / "p.xyz"], "a plot must end in one of "),
+        (["--json", tmp_path / "folder"], f"{tmp_path / 'folder'} is a folder"),
+        (["--csv", tmp_path / "folder"], f"{tmp_path / 'folder'} is a folder"),
+        (["--plot", tmp_path / "folder.png"], f"{tmp_path / 'folder.png'} is a folder"),
+        (["--json", tmp_path / "closed/r.json"], f"{tmp_path / 'closed/r.json'} can't be written"),
+        (["--csv", tmp_path / "kept.csv"], f"{tmp_path / 'kept.csv'} can't be written"),
         (["--device", "tpu"], "tpu"),
         (["--checkpoint", tmp_path / "none.safetensors"], "none.safetensors"),
     ):
@@ -205,6 +254,15 @@ def test_verify_fails(verify, capsys, monkeypatch):
     monkeypatch.setattr(cli_bench, "optimize", lambda model, dtype, backend: wrong(model, dtype))
     assert verify() == 1
     assert "8 images: FAILED: relative RMS error" in capsys.readouterr().out
+
+
+def test_verify_fails_where_nothing_is_finite(model_folder, capsys, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    state = swinfast.create_model(str(model_folder)).state_dict()
+    nothing = {key: torch.full_like(value, float("nan")) for key, value in state.items()}
+    save_file(nothing, tmp_path / "model/model.safetensors")
+    assert main(["verify", str(tmp_path / "model"), "--device", "cpu"]) == 1
+    assert "8 images: FAILED: nothing finite to compare (float32)" in capsys.readouterr().out
 
 
 def test_verify_with_images(verify, capsys, tmp_path, monkeypatch):

@@ -260,17 +260,37 @@ def test_folder_with_another_checkpoint(folder, tmp_path):
         (json.dumps(small(model_args="x")), "has model_args 'x', expected an object"),
         (json.dumps(small(model_args={"drop_rate": 0.1, "a": 1})), "has unknown model_args: a, drop_rate"),
         (json.dumps(small(pretrained_cfg={"input_size": 16})), "has input_size 16, expected a list"),
-        (json.dumps(small(pretrained_cfg={"mean": None})), "has mean None, expected a list"),
+        (json.dumps(small(pretrained_cfg={"input_size": []})), r"has input_size \[\], expected a list of three"),
+        (json.dumps(small(pretrained_cfg={"mean": None})), "has mean None, expected a list of numbers"),
+        (json.dumps(small(pretrained_cfg={"std": [1, 1, "1"]})), r"has std \[1, 1, '1'\], expected a list of numbers"),
+        (json.dumps(small(pretrained_cfg={"crop_pct": 0})), "has crop_pct 0, expected a number above 0"),
+        (json.dumps(small(pretrained_cfg={"interpolation": 3})), "has interpolation 3, expected a string"),
+        (json.dumps(small(pretrained_cfg={"global_pool": None})), "has global_pool None, expected a string"),
+        (json.dumps(small(num_classes="10")), "has num_classes '10', expected a whole number of at least 0"),
+        (json.dumps(small(num_classes=None)), "has num_classes None, expected a whole number of at least 0"),
+        (json.dumps(small(num_classes=True)), "has num_classes True, expected a whole number of at least 0"),
+        (json.dumps(small(num_classes=-1)), "has num_classes -1, expected a whole number of at least 0"),
+        (json.dumps(small(model_args={"num_classes": [3]})), r"has num_classes \[3\], expected a whole number"),
+        (json.dumps(small(label_names=list(range(1000)))), r"label_names \[0, .* \.\.\.\], expected a list of str"),
+        (json.dumps(small(label_names="cat")), "has label_names 'cat', expected a list of strings"),
+        (json.dumps(small(label_names=7)), "has label_names 7, expected a list of strings"),
     ],
     ids=[
         "JSON", "encoding", "list", "architecture", "architecture's type", "pretrained_cfg", "model_args",
-        "unknown model_args", "input_size", "mean",
+        "unknown model_args", "input_size", "empty input_size", "mean", "std", "crop_pct", "interpolation",
+        "global_pool", "num_classes", "no num_classes", "num_classes of true", "negative num_classes",
+        "num_classes in model_args", "label_names", "label_names in one", "label_names of another type",
     ],
 )  # fmt: skip
 def test_error_for_wrong_config(tmp_path, content, message):
     (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=message):
         swinfast.create_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("names", [None, {"0": "ant", "7": "bee"}], ids=["none", "timm's other form"])
+def test_folder_with_other_label_names(folder, trained, names):
+    assert torch.equal(answers(swinfast.create_model(folder(**small(label_names=names)))), answers(trained))
 
 
 def test_error_for_a_folder_without_config(tmp_path):

@@ -134,6 +134,14 @@ def test_a_peer_that_fails_is_left_out(plain):
     assert len(calls) == 6  # once it has failed, it is not called again
 
 
+@pytest.mark.parametrize("batch", [10**15, 10**20])
+def test_no_room_for_the_images(plain, batch):
+    comparison = run(plain, swinfast_engine(), eager_engine("plain"), batch=batch)
+    assert not comparison.measured
+    assert list(comparison.left_out) == ["swinfast", "plain eager"]
+    assert all("Error: " in reason for reason in comparison.left_out.values())
+
+
 def test_memory_of_a_shared_pool_is_told_once(plain, monkeypatch):
     class Memory:
         of = staticmethod(lambda call: 1000)

@@ -175,6 +175,12 @@ def test_a_self_check_that_fails(model, auto, monkeypatch, checked):
     assert all(expected in detail for detail in details(fast))
 
 
+def test_a_self_check_of_nothing_finite(model, auto, self_check):
+    fast = swinfast.optimize(model)
+    assert fast((IMAGES * torch.nan).to(DEVICE)).isnan().all()
+    assert all(detail.startswith("Triton, ") for detail in details(fast))
+
+
 def test_a_self_check_of_the_patch_embedding(model, auto, monkeypatch, self_check):
     embed = triton_backend.patch_embed
     monkeypatch.setattr(triton_backend, "patch_embed", lambda *args: embed(*args) + 1e-3)

@@ -3,16 +3,19 @@
 import importlib.util
 import os
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import random_images, write_image
+from helpers import random_images, read_csv, write_image
 from PIL import Image
 from torch import nn
 
 import swinfast
 from swinfast import labels
+from swinfast.batch.share import StrictError
 from swinfast.predict import find_images, imagenet_labels
 
 
@@ -24,6 +27,14 @@ def images(tmp_path) -> list[Path]:
 @pytest.fixture(scope="module")
 def model(model_folder) -> nn.Module:
     return swinfast.create_model(str(model_folder)).eval()
+
+
+def test_under_another_default_device(model, images):
+    predictor = swinfast.Predictor(model, device="cpu", workers=0)
+    expected = list(predictor.predict(images))
+    with torch.device("meta"):
+        assert list(predictor.predict(images)) == expected
+        assert swinfast.Predictor(model, device="cpu", batch_size="auto", workers=0).batch_size >= 1
 
 
 class TestFindImages:
@@ -102,6 +113,12 @@ def test_batch_size_does_not_matter(model, images, batch_size):
         assert result.probabilities == pytest.approx(other.probabilities, abs=1e-5)
 
 
+def test_numbers_of_any_integral_type(model, images, tmp_path):
+    """The manifest has them too."""
+    predictor = swinfast.Predictor(model, batch_size=np.int64(3), workers=np.int32(0), topk=np.uint8(2))
+    assert predictor.write(images, tmp_path / "out.jsonl").images == 7
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 32])
 def test_failures_are_in_their_places(model, images, bad_images, batch_size):
     bad = bad_images
@@ -152,6 +169,122 @@ def test_files_are_taken_as_they_are_needed(model, images):
         next(results)
     results.close()
     assert 9 <= taken <= 9 + 3 * 2
+
+
+class TestWhatIsTaken:
+    """predict and extract take what write takes."""
+
+    def test_folders_patterns_and_archives(self, model, photos, tmp_path):
+        with tarfile.open(photos / "more.tar", "w") as archive:
+            archive.add(photos / "a.png", "x.png")
+        paths = [photos / "sub", f"{photos}/*.png", photos / "more.tar", str(photos / "b.jpg")]
+        names = ["sub/c.webp", "sub/d.bmp", "a.png", "e.png", "more.tar/x.png", "b.jpg"]
+        predictor = swinfast.Predictor(model, device="cpu")
+        predictor.write(paths, tmp_path / "out.csv")
+        assert [row[0] for row in read_csv(tmp_path / "out.csv")[1:]] == [str(photos / name) for name in names]
+        for files in (paths, iter(paths)):
+            assert [result.filename for result in predictor.predict(files)] == [str(photos / name) for name in names]
+        embedder = swinfast.Embedder(model, device="cpu")
+        assert [result.filename for result in embedder.extract(paths)] == [str(photos / name) for name in names]
+
+    def test_one_path(self, model, photos):
+        predictor = swinfast.Predictor(model, device="cpu")
+        for path in (photos / "sub", str(photos / "sub")):
+            names = [result.filename for result in predictor.predict(path)]
+            assert names == [str(photos / "sub/c.webp"), str(photos / "sub/d.bmp")]
+
+    def test_entries_of_a_folder(self, model, photos):
+        with os.scandir(photos / "sub") as entries:
+            results = list(swinfast.Predictor(model, device="cpu").predict(entries))
+        assert sorted(result.filename for result in results) == [str(photos / "sub/c.webp"), str(photos / "sub/d.bmp")]
+
+    @pytest.mark.parametrize(
+        "files, got",
+        [
+            (None, "NoneType"),
+            (b"a.png", "bytes"),
+            (Image.new("RGB", (8, 8)), "Image"),
+            (7, "int"),
+            (["a.png", None], "NoneType"),
+            ([b"a.png"], "bytes"),
+            ([Image.new("RGB", (8, 8))], "Image"),
+            (np.zeros((2, 8, 8, 3)), "ndarray"),
+            ([torch.zeros(3, 8, 8)], "Tensor"),
+            ([["a.png"]], "list"),
+        ],
+        ids=[
+            "None", "bytes", "image", "number", "None among paths", "list of bytes", "list of images", "array",
+            "list of tensors", "nested list",
+        ],
+    )  # fmt: skip
+    def test_something_else(self, model, tmp_path, files, got):
+        said = f"must be paths, one or several, or Images, got {got}$"
+        predictor = swinfast.Predictor(model, device="cpu", workers=0)
+        with pytest.raises(TypeError, match=f"files {said}"):
+            list(predictor.predict(files))
+        with pytest.raises(TypeError, match=f"files {said}"):
+            list(swinfast.Embedder(model, device="cpu", workers=0).extract(files))
+        with pytest.raises(TypeError, match=f"images {said}"):
+            predictor.write(files, tmp_path / "out.csv")
+        assert not (tmp_path / "out.csv").exists()
+
+
+class TestOutputsThatAreNotFinite:
+    """They are failures in their places: here those of the second readable image of each batch."""
+
+    REASON = "the model's output is not finite"
+
+    @pytest.fixture(params=["predictions", "embeddings", "features"])
+    def pipelines(self, request, model):
+        """The same twice, the second one spoilt."""
+        kinds = {kind.what: kind for kind in (swinfast.Predictor, swinfast.Embedder, swinfast.FeatureExtractor)}
+        good, spoilt = (kinds[request.param](model, device="cpu", batch_size=4, workers=0) for _ in range(2))
+        forward = spoilt._forward
+
+        def with_a_nan(images):
+            outputs = forward(images)
+            for output in outputs.values():
+                if output.is_floating_point():
+                    output[1:2, ..., -1] = float("nan") if request.param == "predictions" else float("inf")
+            return outputs
+
+        spoilt._forward = with_a_nan
+        return good, spoilt
+
+    @pytest.fixture
+    def files(self, images, bad_images) -> list[str]:
+        return list(map(str, [images[0], bad_images["text"], *images[1:4]]))
+
+    def test_one_by_one(self, pipelines, files):
+        expected, got = (
+            list(pipeline.predict(files) if isinstance(pipeline, swinfast.Predictor) else pipeline.extract(files))
+            for pipeline in pipelines
+        )
+        assert [result.filename for result in got] == files
+        assert got[2] == swinfast.Failure(files[2], self.REASON)
+        assert got[1] == expected[1] and "cannot identify" in got[1].reason
+        for place in (0, 3, 4):
+            if isinstance(got[place], swinfast.Prediction):
+                assert got[place] == expected[place]
+            else:
+                for name, array in got[place].arrays.items():
+                    assert np.array_equal(array, expected[place].arrays[name])
+
+    def test_file(self, pipelines, files, tmp_path):
+        _, spoilt = pipelines
+        output = tmp_path / ("out.csv" if isinstance(spoilt, swinfast.Predictor) else "out.npy")
+        summary = spoilt.write(files, output)
+        assert (summary.images, summary.failures) == (5, 2)
+        failed = read_csv(tmp_path / f"{output.name}.errors.csv")[1:]
+        assert [name for name, _ in failed] == files[1:3] and failed[1][1] == self.REASON
+        index = output if isinstance(spoilt, swinfast.Predictor) else tmp_path / "out.index.csv"
+        assert [row[0] for row in read_csv(index)[1:]] == [files[0], *files[3:]]
+        for file in tmp_path.glob("*.npy"):
+            assert len(np.load(file)) == 3 and np.isfinite(np.load(file)).all()
+
+    def test_strict(self, pipelines, files, tmp_path):
+        with pytest.raises(StrictError, match=self.REASON):
+            pipelines[1].write([files[0], *files[2:]], tmp_path / "out.parquet", strict=True)
 
 
 def test_no_files(model):
@@ -244,15 +377,27 @@ class TestLabels:
     "options, error, message",
     [
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"batch_size": np.int64(0)}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"batch_size": torch.tensor(0)}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"batch_size": True}, ValueError, "batch_size must be a whole number or auto, got True"),
+        ({"batch_size": 2.0}, ValueError, "batch_size must be a whole number or auto, got 2.0"),
+        ({"batch_size": None}, ValueError, "batch_size must be a whole number or auto, got None"),
+        ({"workers": np.int64(-1)}, ValueError, "workers must be at least 0, got -1"),
+        ({"workers": "auto"}, ValueError, "workers must be a whole number, got 'auto'"),
+        ({"threads": 1.5}, ValueError, "threads must be a whole number, got 1.5"),
         ({"topk": 0}, ValueError, "topk must be at least 1, got 0"),
+        ({"topk": 2.0}, ValueError, "topk must be a whole number, got 2.0"),
         ({"dtype": torch.int8}, ValueError, "dtype must be one of .* or None, got torch.int8"),
         ({"dtype": "float32"}, ValueError, "got 'float32'"),
         ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'torch', 'triton', got 'cuda'"),
         ({"device": "toaster"}, RuntimeError, "toaster"),
         ({"device": "cuda:77"}, RuntimeError, "device 'cuda:77' is not available here: "),
     ],
-    ids=["batch_size", "topk", "dtype", "dtype by name", "backend", "unknown device", "missing device"],
-)
+    ids=[
+        "batch_size", "NumPy's 0", "a tensor's 0", "batch_size of True", "float", "None", "workers", "auto workers",
+        "threads", "topk", "topk of float", "dtype", "dtype by name", "backend", "unknown device", "missing device",
+    ],
+)  # fmt: skip
 def test_error_for_wrong_options(model, options, error, message):
     with pytest.raises(error, match=message):
         swinfast.Predictor(model, **options)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import random_images, randomise, small_model_args
+from torch import nn
 
 import swinfast
 from swinfast import cpu_attention, torch_backend
@@ -135,6 +136,88 @@ def test_nan_where_there_is_none(model, dtype):
     outcome = swinfast.verify(model, fast, IMAGES)
     assert not outcome.passed
     assert "NaN or infinity" in outcome.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_nothing_finite_to_compare(model, dtype):
+    with torch.no_grad():
+        model.patch_embed.proj.bias[3] = float("nan")
+    outcome = swinfast.verify(model, swinfast.optimize(model, dtype=dtype), IMAGES)
+    assert not outcome.passed
+    assert outcome.reason == "nothing finite to compare"
+
+
+class Answers(nn.Module):
+    """A model that returns what is made of [B, 5] numbers."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.linear = nn.Linear(3, 5)
+        self.make = make
+
+    def forward(self, images):
+        return self.make(self.linear(images.mean(dim=(2, 3))))
+
+
+def test_one_of_several_outputs_is_not_finite():
+    model = Answers(lambda x: (x, x * math.nan, x[:, :0])).eval()
+    assert swinfast.verify(model, model, IMAGES).reason == "output 1: nothing finite to compare"
+
+
+def test_outputs_of_another_shape(model):
+    fast = swinfast.optimize(model)
+    fast.reset_classifier(7)
+    fast.head.fc = nn.Linear(fast.head.fc.in_features, 7)
+    model.head.fc = nn.Linear(model.head.fc.in_features, 10)
+    outcome = swinfast.verify(model, fast, IMAGES)
+    assert (outcome.passed, outcome.reason) == (False, f"shape ({len(IMAGES)}, 7), expected ({len(IMAGES)}, 10)")
+    assert math.isinf(outcome.fast.relative_rms)
+
+
+def test_no_images():
+    model = Answers(lambda x: x).eval()
+    assert swinfast.verify(model, model, IMAGES[:0]).passed
+
+
+def test_a_mapping():
+    """Its values are compared in the order of its keys, whatever their own order is."""
+    model, same, wrong = (
+        Answers(make).eval()
+        for make in (
+            lambda x: {"b": x, "a": x[:, :2]},
+            lambda x: {"a": x[:, :2], "b": x},
+            lambda x: {"a": x[:, :2], "b": 1.01 * x},
+        )
+    )
+    for other in (same, wrong):
+        other.load_state_dict(model.state_dict())
+    assert swinfast.verify(model, same, IMAGES).passed
+    outcome = swinfast.verify(model, wrong, IMAGES)
+    assert not outcome.passed
+    assert outcome.reason.startswith("output 1: relative RMS error")
+    assert outcome.top1_agreement is None
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda x: "logits", "str"),
+        (lambda x: None, "NoneType"),
+        (lambda x: [x, None], r"list\(Tensor, NoneType\)"),
+        (lambda x: {"maps": [x]}, r"dict\(list\)"),
+        (lambda x: {}, r"dict\(\)"),
+    ],
+    ids=["str", "None", "list", "nested", "empty"],
+)
+def test_other_outputs_are_refused(make, said):
+    model = Answers(make).eval()
+    with pytest.raises(TypeError, match=f"must return a tensor, or a sequence or mapping of tensors, got {said}$"):
+        swinfast.verify(model, model, IMAGES)
+
+
+def test_another_default_device(model):
+    with torch.device("meta"):
+        assert swinfast.verify(model, model, IMAGES).passed
 
 
 def test_what_it_returns(model):
