@@ -28,6 +28,12 @@ WEIGHTS = ("weight", "bias", "logit_scale")
 MODULE = frozenset(dir(nn.Module))
 
 
+def _constant(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, which would import the compiler, and Triton with it."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 class Adapter(NamedTuple):
     """How one kind of module of one family is read."""
 
@@ -161,7 +167,7 @@ def _check_children(module: nn.Module, prefix: str, expected: dict) -> Iterator[
             yield f"{prefix}{name} is a {_other_name(child, known)}, expected {known}"
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _is_a(name: str, child: type, parent: type) -> bool:
     """Whether a child is of the type that its parent's own file knows by a name."""
     home = sys.modules.get(getattr(parent, "original", parent).__module__)
@@ -198,7 +204,7 @@ def _check_insides(module: nn.Module) -> Iterator[str]:
         yield "its parameters are of several dtypes or devices"
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _has_foreign_forward(cls: type) -> bool:
     """Whether a class's forward is defined elsewhere than the class: somebody put it there."""
     home = getattr(sys.modules.get(cls.__module__), "__dict__", None)
@@ -206,7 +212,7 @@ def _has_foreign_forward(cls: type) -> bool:
     return cls.forward is not nn.Module.forward and not is_own
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _methods(cls: type) -> tuple[str, ...]:
     """Methods that a class has beyond those of any module, and forward."""
     return tuple(

@@ -9,7 +9,7 @@ from swinfast import torch_backend
 
 
 def tables(dtype):
-    return torch_backend.PatchEmbedTables(dtype, traced=False, proj=None, norm=None)
+    return torch_backend.PatchEmbedTables(dtype, dtype, traced=False, proj=None, norm=None)
 
 
 def by_unfolding(images, height, width):

@@ -52,16 +52,17 @@ def test_policy():
 
 def test_record():
     with record("sm_80") as outer:
-        first = meta_linear()
+        first = meta_linear(gelu=True)
         with record("gfx942") as inner:
             assert arch_of(DEVICE) == arch_of(META) == "gfx942"
-            meta_linear(gelu=True)
+            meta_linear()
         assert arch_of(META) == "sm_80"
     meta_linear()  # is not recorded, and launches nothing
     assert (first.shape, first.device, first.dtype) == ((5, 32), META, torch.float16)
     assert [type(one) for one in (*outer, *inner)] == [Launch, Launch]
-    assert outer[0].kernel is inner[0].kernel is linear._linear_kernel
-    assert (outer[0].constants["GELU"], inner[0].constants["GELU"]) == (False, True)
+    assert outer[0].kernel is linear._linear_kernel
+    assert outer[0].constants["GELU"] is True
+    assert inner[0].kernel is None  # the library's
     assert outer[0].args[-1] == 5
     assert outer[0].programs == 1
 
