@@ -70,7 +70,7 @@ class Plan:
 
         self._adapter = adapter
         self._modules = list(module.modules())
-        tables = [table for m in self._modules for table in (m._modules, m._parameters, m._buffers) if table]
+        tables = [table for m in self._modules for table in (m._modules, m._parameters) if table]
         self._contents = [table.values() for table in tables]
         self._attributes = [m.__dict__ for m in self._modules[1:]]
         self._hooks = [getattr(m, hooks) for m in self._modules[1:] for hooks in HOOKS]
@@ -141,7 +141,7 @@ class Plan:
             return derive(self.spec)
 
     def _structure_now(self) -> tuple:
-        """Children, parameters and buffers by identity, types, whether there are hooks, and what may be patched: the
+        """Children and parameters by identity, types, whether there are hooks, and what may be patched: the
         forward methods of classes, and how many attributes each module has, of which a patched method is one more."""
         contents = chain.from_iterable(self._contents)
         types, attributes = list(map(type, self._modules)), list(map(len, self._attributes))

@@ -201,6 +201,8 @@ def test_autocast(timm):
         expected, got = model(images), fast(images)
         for part in (lambda either: either.patch_embed(images), lambda either: either.forward_features(images)):
             assert part(fast).dtype == part(model).dtype == torch.bfloat16
+        double = swinfast.optimize(model, dtype=torch.float64)
+        assert double.patch_embed(images.double()).dtype == torch.float64  # which autocast leaves alone
     with torch.no_grad():
         exact = model(images)
     assert got.dtype == expected.dtype
