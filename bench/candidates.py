@@ -126,4 +126,5 @@ def _distance(one: Config, other: Config) -> float:
     sizes = {name: size for name, size in one.blocks.items() if name != "maxnreg"}
     steps = sum(abs(math.log2(size / other.blocks.get(name, size))) for name, size in sizes.items())
     limited = one.blocks.get("maxnreg") != other.blocks.get("maxnreg")
+    steps += sum((name in one.blocks) != (name in other.blocks) for name in ("PER_UNIT", "IMAGES"))
     return steps + abs(math.log2(one.num_warps / other.num_warps)) + abs(one.num_stages - other.num_stages) + limited

@@ -7,6 +7,8 @@ it stay as it is (a reason, or None). Anything inside a module that swinfast doe
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -181,16 +183,12 @@ def _other_name(module: nn.Module, known: str) -> str:
 
 def _check_insides(module: nn.Module) -> Iterator[str]:
     """Reasons that any module can have: hooks and patches inside it, weights of foreign or mixed kinds."""
+    yield from patches(module)
     for name, child in module.named_modules():
         if not name:
             continue
         if any(getattr(child, hooks, None) for hooks in HOOKS):
             yield f"{name} has hooks"
-        if _has_foreign_forward(type(child)):
-            yield f"the forward method of {name} is patched"
-        for method in _methods(type(child)):
-            if method in child.__dict__:
-                yield f"the {method} method of {name} is patched"
         for weight in WEIGHTS:
             if getattr(child, weight, None) is not None and weight not in child._parameters:
                 yield f"{name}.{weight} is no parameter"
@@ -204,20 +202,38 @@ def _check_insides(module: nn.Module) -> Iterator[str]:
         yield "its parameters are of several dtypes or devices"
 
 
+def patches(module: nn.Module) -> Iterator[str]:
+    """What was put in place of methods of a module and those inside it, on them or on their classes."""
+    for name, child in module.named_modules():
+        cls = getattr(type(child), "original", type(child))
+        for method in _foreign_methods(cls):
+            yield f"the {method} method of {name or cls.__name__} is patched"
+        for method in methods(cls) if name else ():
+            if method in child.__dict__:
+                yield f"the {method} method of {name} is patched"
+
+
 @_constant
-def _has_foreign_forward(cls: type) -> bool:
-    """Whether a class's forward is defined elsewhere than the class: somebody put it there."""
+def _foreign_methods(cls: type) -> tuple[str, ...]:
+    """Methods of a class that are defined elsewhere than the class: somebody put them there."""
     home = getattr(sys.modules.get(cls.__module__), "__dict__", None)
-    is_own = home is not None and getattr(cls.forward, "__globals__", None) is home
-    return cls.forward is not nn.Module.forward and not is_own
+    found = ((name, getattr(cls, name)) for name in methods(cls))
+    others = ((name, method) for name, method in found if method is not nn.Module.forward)
+    return tuple(name for name, method in others if getattr(method, "__globals__", None) is not home)
 
 
 @_constant
+def methods(cls: type) -> tuple[str, ...]:
+    """Names of what may be patched: forward, and the other functions of a class that is not PyTorch's."""
+    return _methods(cls)
+
+
+@cache
 def _methods(cls: type) -> tuple[str, ...]:
-    """Methods that a class has beyond those of any module, and forward."""
-    return tuple(
-        name for name in dir(cls) if name == "forward" or (name not in MODULE and callable(getattr(cls, name)))
-    )
+    if cls.__module__.startswith("torch."):
+        return ("forward",)
+    names = (name for name in dir(cls) if name == "forward" or name not in MODULE)
+    return tuple(name for name in names if isinstance(getattr(cls, name), FunctionType) or name == "forward")
 
 
 ADAPTERS = {

@@ -148,9 +148,11 @@ def _run(options: argparse.Namespace, kind: type[Pipeline], make: Callable[..., 
 @contextmanager
 def _regular(files_from: str | None) -> Iterator[str | None]:
     """The list of paths as a file that can be read again and again: one that comes through a pipe is copied."""
-    if files_from is None or (files_from != "-" and (Path(files_from).is_file() or not Path(files_from).exists())):
+    if files_from is None or (files_from != "-" and not _is_stream(Path(files_from))):
         yield files_from
         return
+    if files_from == "-" and sys.stdin is None:
+        raise ValueError("--files-from - reads the standard input, and there is none")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--files-from must be a regular file under torchrun, as every process reads it")
     with tempfile.TemporaryDirectory(prefix="swinfast-") as folder:
@@ -162,6 +164,11 @@ def _regular(files_from: str | None) -> Iterator[str | None]:
                 with Path(files_from).open("rb") as source:
                     shutil.copyfileobj(source, target)
         yield str(copy)
+
+
+def _is_stream(file: Path) -> bool:
+    """Whether it is no regular file, or one that another process knows by another name, or by none."""
+    return file.exists() and (not file.is_file() or Path("/dev") in file.absolute().parents)
 
 
 def _run_over(images: Images, options: argparse.Namespace, make: Callable[..., Pipeline]) -> int:

@@ -265,7 +265,7 @@ class FusedStages(Fused):
         if plans is None:
             kept = self._swinfast.plan = None
         elif kept is None or not kept.holds(plans):
-            kept = self._swinfast.plan = SequencePlan(plans)
+            kept = self._swinfast.plan = SequencePlan(self, plans)
         return kept
 
     def _plans(self) -> list[Plan] | None:
@@ -315,7 +315,9 @@ class FusedStages(Fused):
 
     def original_forward(self, x: Tensor) -> Tensor:
         """Stage by stage, so that a backward pass keeps the activations of one stage at a time."""
-        return self.original.forward(self, x)
+        for stage in self:
+            x = type(stage).forward(stage, x)  # without hooks and patches, which came after what is computed again
+        return x
 
     def fused_forward(self, plan: SequencePlan, x: Tensor) -> Tensor:
         if graphs.may_run(self._swinfast.cuda_graphs, plan, x):

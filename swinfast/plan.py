@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .adapters import HOOKS, Adapter, dropouts, why_not
+from .adapters import HOOKS, Adapter, dropouts, methods, patches, why_not
 from .autocast import without_autocast
 from .backends import Choice, choose
 from .graphs import Graphs, is_capturing
@@ -74,7 +74,8 @@ class Plan:
         self._contents = [table.values() for table in tables]
         self._attributes = [m.__dict__ for m in self._modules[1:]]
         self._hooks = [getattr(m, hooks) for m in self._modules[1:] for hooks in HOOKS]
-        self._classes = list(dict.fromkeys(map(type, self._modules[1:])))
+        classes = dict.fromkeys(getattr(type(m), "original", type(m)) for m in self._modules)
+        self._methods = [(cls, method) for cls in classes for method in methods(cls)]
         self._watched = [(m.__dict__, name) for m in self._modules for name in WATCHED if name in m.__dict__]
         self._dropouts = dropouts(module)
         self._structure, self._settings = self._structure_now(), self._settings_now()
@@ -92,11 +93,16 @@ class Plan:
         )
 
     def computes_the_same(self) -> bool:
-        """Whether the module still computes what the plan was made of, though its weights may be others."""
-        module = self._modules[0]
-        if why_not(self._adapter, module) is not None or self._settings != self._settings_now():
-            return False
-        return self._adapter.read(module) == self.spec
+        """Whether the module still computes what the plan was made of, though its weights may be others, or elsewhere,
+        and there may be hooks."""
+        if self.holds():
+            return True
+        same_modules = list(self.module.modules()) == self._modules
+        return same_modules and self._settings == self._settings_now() and next(patches(self.module), None) is None
+
+    @property
+    def module(self) -> nn.Module:
+        return self._modules[0]
 
     def is_random(self) -> bool:
         """Whether a dropout inside was put into training mode, though the module is not."""
@@ -141,11 +147,12 @@ class Plan:
             return derive(self.spec)
 
     def _structure_now(self) -> tuple:
-        """Children and parameters by identity, types, whether there are hooks, and what may be patched: the
-        forward methods of classes, and how many attributes each module has, of which a patched method is one more."""
+        """Children and parameters by identity, types, whether there are hooks, and what may be patched: methods of
+        classes, and how many attributes each module has, of which a patched method is one more."""
         contents = chain.from_iterable(self._contents)
         types, attributes = list(map(type, self._modules)), list(map(len, self._attributes))
-        return list(map(id, contents)), types, attributes, any(self._hooks), [cls.forward for cls in self._classes]
+        found = [getattr(cls, method) for cls, method in self._methods]
+        return list(map(id, contents)), types, attributes, any(self._hooks), found
 
     def _settings_now(self) -> list:
         return [attributes.get(name) for attributes, name in self._watched]
@@ -166,12 +173,13 @@ class SequencePlan:
         graphs: The CUDA graphs of the whole.
     """
 
-    def __init__(self, plans: Sequence[Plan]):
+    def __init__(self, module: nn.Sequential, plans: Sequence[Plan]):
+        self._children = module._modules
         self.plans = tuple(plans)
         named: dict[Tensor, str] = {}  # what several share is one parameter, under its first name
-        for i, plan in enumerate(plans):
+        for child, plan in zip(self._children, plans, strict=True):
             for name, parameter in zip(plan.parameter_names, plan.parameters, strict=True):
-                named.setdefault(parameter, f"{i}.{name}")
+                named.setdefault(parameter, f"{child}.{name}")
         self.parameters, self.parameter_names = tuple(named), tuple(named.values())
         self.graphs = Graphs()
 
@@ -180,7 +188,8 @@ class SequencePlan:
         return len(plans) == len(self.plans) and all(map(is_, plans, self.plans))
 
     def computes_the_same(self) -> bool:
-        return all(plan.computes_the_same() for plan in self.plans)
+        same = [plan.module for plan in self.plans] == list(self._children.values())
+        return same and all(plan.computes_the_same() for plan in self.plans)
 
     @property
     def derivations(self) -> int:

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .adapters import HOOKS
+
 
 class FusedForward(torch.autograd.Function):
     """module.fused_forward(plan, x) with the gradients of module.original_forward(x); parameters are plan's."""
@@ -32,7 +34,7 @@ class FusedForward(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         if not create_graph:
             x = x.detach().requires_grad_(ctx.needs_input_grad[2])
-        with torch.enable_grad(), torch.autocast(**ctx.autocast), _in_eval(ctx.module):
+        with torch.enable_grad(), torch.autocast(**ctx.autocast), _as_it_was(ctx.module):
             output = _original(ctx.module, dict(zip(ctx.plan.parameter_names, parameters, strict=True)), x)
         inputs = [x, *parameters]
         wanted = [index for index, need in enumerate(ctx.needs_input_grad[2:]) if need]
@@ -68,13 +70,19 @@ def _original(module: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Te
 
 
 @contextmanager
-def _in_eval(module: nn.Module):
-    """The mode that the forward pass ran in, though train() may have been called since."""
+def _as_it_was(module: nn.Module):
+    """The mode that the forward pass ran in, and no hooks inside, though there may be others since."""
     training = [child for child in module.modules() if child.training]
+    inside = (child for child in module.modules() if child is not module)
+    hooks = [(child, name, getattr(child, name)) for child in inside for name in HOOKS if getattr(child, name)]
     for child in training:
         child.training = False
+    for child, name, table in hooks:
+        setattr(child, name, type(table)())
     try:
         yield
     finally:
         for child in training:
             child.training = True
+        for child, name, table in hooks:
+            setattr(child, name, table)

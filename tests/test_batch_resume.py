@@ -184,6 +184,36 @@ def test_file_of_a_finished_run_that_is_gone(make, images, tmp_path, missing):
     assert (tmp_path / missing).read_bytes() == expected
 
 
+def test_errors_of_a_finished_run_that_are_gone(make, images, tmp_path):
+    make().write(images, tmp_path / "out.csv", part_size=4)
+    errors = tmp_path / "out.csv.errors.csv"
+    expected = errors.read_bytes()
+    errors.unlink()
+    assert make().write(images, tmp_path / "out.csv", **SMALL_PARTS).done_now == 16
+    assert errors.read_bytes() == expected
+
+
+def test_a_run_of_before_there_were_more_settings(make, images, tmp_path):
+    make().write(images, tmp_path / "out.csv", part_size=4)
+    manifest = tmp_path / "out.csv.manifest.json"
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    del content["settings"]["members"], content["settings"]["image_column"]
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    assert make().write(images, tmp_path / "out.csv", **SMALL_PARTS).done_now == 0
+
+
+@pytest.mark.parametrize("end", ["parts", "parts.done"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_folder_of_somebody_elses(make, images, tmp_path, end, resume):
+    """Of the name that a run's own folder has: nothing in it is deleted."""
+    folder = tmp_path / f"out.csv.{end}"
+    folder.mkdir()
+    (folder / "00000001.png").touch()
+    with pytest.raises(FileExistsError, match=r"holds what is no part of an output: 00000001.png; move it elsewhere"):
+        make().write(images[:2], tmp_path / "out.csv", resume=resume)
+    assert (folder / "00000001.png").exists()
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_output_in_the_folder_of_its_inputs(make, images, tmp_path, finished):
     """It is no input of a second run, and nor are its parts; nor is it one where it is given."""

@@ -243,15 +243,31 @@ class TestOutputAmongInputs:
         images = Images((".", "*.parquet"), output=output.format(folder))
         assert list(images.files()) == [*(f"./{name}" for name in names), "other.parquet"]
 
-    @pytest.mark.parametrize("name", ["out.parquet", "out.parquet.parts/0.parquet", "link.parquet"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "out.parquet", "out.parquet.parts/0.parquet", "out.parquet.parts/photo.png", "out.parquet.parts",
+            "out.parquet.parts.done", "link.parquet",
+        ],
+    )  # fmt: skip
     def test_given(self, folder, name):
-        """Refused before any work as a path, and as it is come to in a list."""
-        said = f"{name} is written by this run, and can't be an input of it"
-        with pytest.raises(ValueError, match=said):
+        """Refused as a path before any work, left out of a list where it is a result."""
+        with pytest.raises(ValueError, match=f"{name} is written by this run, and can't be an input of it"):
             Images((f"{folder}/{name}",), output=f"{folder}/out.parquet")
-        (folder / "list.txt").write_text(f"{folder}/{name}")
-        with pytest.raises(ValueError, match=said):
-            list(Images(files_from=f"{folder}/list.txt", output=f"{folder}/out.parquet"))
+        if name.endswith(".parquet"):
+            (folder / "list.txt").write_text(f"{folder}/{name}")
+            assert list(Images(files_from=f"{folder}/list.txt", output=f"{folder}/out.parquet")) == []
+
+    @pytest.mark.parametrize("name", ["out.npy", "out.index.csv", "out.npy.errors.csv", "out.npy.manifest.json"])
+    def test_list_that_would_be_overwritten(self, tmp_path, name):
+        (tmp_path / name).write_text("a.png")
+        with pytest.raises(ValueError, match=f"{name} is written by this run, and can't be the list of its inputs"):
+            Images(files_from=str(tmp_path / name), output=f"{tmp_path}/out.npy")
+
+
+def test_empty_path_is_no_folder(tmp_path, monkeypatch, files):
+    monkeypatch.chdir(tmp_path)
+    assert list(Images(("", ".")).files()) == ["", *(f"./{file.name}" for file in files)]
 
 
 def test_folders_are_walked_in_the_order_of_paths(tmp_path):

@@ -84,6 +84,15 @@ def test_compressed_in_pieces(read, ending):
         assert read(compress(data[:cut]) + compress(data[cut:]), f"shard.tar.{ending}") == (IMAGES, {})
 
 
+@pytest.mark.parametrize("padding", [4, 4096])
+def test_padded_xz(read, padding):
+    """As xz allows it; what is cut off is an error still."""
+    data = COMPRESSIONS["xz"](tar())
+    assert read(data + bytes(padding), "shard.tar.xz") == (IMAGES, {})
+    _, errors = read(data[:-8], "shard.tar.xz")
+    assert errors
+
+
 @pytest.mark.skipif(shutil.which("tar") is None, reason="needs the program tar")
 @pytest.mark.parametrize("form", ["v7", "oldgnu", "gnu", "ustar", "posix"])
 def test_program(read, tmp_path, form):

@@ -113,6 +113,22 @@ def test_arrays(photos, model_folder, tmp_path, command, endings, capsys):
     )
 
 
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="needs /dev/fd")
+def test_list_by_a_name_that_only_this_process_knows(predict, photos, tmp_path):
+    """A regular file, but another one for the processes of --devices."""
+    (tmp_path / "list.txt").write_text("\n".join(names_in(photos)), encoding="utf-8")
+    with (tmp_path / "list.txt").open() as stream:
+        options = ["--output", tmp_path / "out.csv", "--devices", "cpu,cpu"]
+        assert predict("--files-from", f"/dev/fd/{stream.fileno()}", *options) == 0
+    assert [row[0] for row in read_csv(tmp_path / "out.csv")[1:]] == names_in(photos)
+
+
+def test_no_standard_input(predict, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert predict("--files-from", "-") == 2
+    assert "--files-from - reads the standard input, and there is none" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no /dev/fd there")
 @pytest.mark.parametrize("source", ["-", "/dev/fd/{}"])
 def test_list_through_a_pipe(predict, photos, tmp_path, monkeypatch, source, capsys):

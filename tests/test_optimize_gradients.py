@@ -97,17 +97,54 @@ def set_eps(model):
     model.stages[0].blocks[0].norm1.eps = 0.5
 
 
-def add_hook(model):
-    model.stages[1].blocks[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+def patch_a_layer(model):
+    layer = model.stages[1].blocks[1].mlp.fc2
+    layer.forward = lambda x: 2 * nn.functional.linear(x, layer.weight, layer.bias)
 
 
-@pytest.mark.parametrize("change", [set_window, set_eps, add_hook], ids=lambda change: change.__name__)
+def replace_a_stage(model):
+    model.stages[1] = copy.deepcopy(model.stages[1])
+
+
+def append_a_stage(model):
+    model.stages.append(nn.Tanh())
+
+
+CHANGES = [set_window, set_eps, patch_a_layer, replace_a_stage, append_a_stage]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_changed_between_forward_and_backward(model, change):
     fast = swinfast.optimize(model)
     loss = fast(IMAGES).square().sum()
     change(fast)
     with pytest.raises(RuntimeError, match="Sequential was changed between its forward and its backward pass"):
         loss.backward()
+
+
+def test_hooks_and_patches_that_came_after_the_forward(model):
+    """They are not for what the backward pass computes again."""
+    fast = swinfast.optimize(model)
+    expected = gradients(model)
+    images = IMAGES.clone().requires_grad_()
+    output = fast(images)
+    fired = []
+    fast.stages[1].register_forward_hook(lambda module, inputs, output: fired.append(1) or 0 * output)
+    fast.stages[0].blocks[1].register_forward_hook(lambda module, inputs, output: fired.append(1) or 0 * output)
+    fast.stages[1].forward = lambda x: 0 * x
+    weights = random_images(*output.shape, seed=1).to(output)
+    assert_close(torch.autograd.grad((output * weights).sum(), [images, *fast.parameters()]), expected)
+    assert not fired
+    assert fast.stages[0].blocks[1]._forward_hooks
+
+
+def test_stages_that_do_not_begin_with_the_first(model):
+    results = []
+    for either in (model, swinfast.optimize(model)):
+        either.zero_grad()
+        either.stages[1:](either.stages[0](either.patch_embed(IMAGES))).square().sum().backward()
+        results.append([p.grad for p in either.parameters() if p.grad is not None])
+    assert_close(results[1], results[0])
 
 
 def test_in_training_mode(model):

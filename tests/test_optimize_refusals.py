@@ -141,18 +141,27 @@ def test_a_changed_stage_stays_original(model, change, when):
     assert REFUSALS[change] in str(swinfast.report(fast))
 
 
+PATCHED = {  # a class, by a module of it, and its method: where the report names it
+    ("stages.0.blocks.0.attn", "forward"): "blocks.0.attn",
+    ("stages.0.blocks.0.attn", "_relative_positional_encodings"): "blocks.0.attn",
+    ("stages.0.blocks.0", "_shifted_window_attn"): "blocks.0",
+    ("stages.0", "forward"): "SwinTransformerV2CrStage",
+}
+
+
 @pytest.mark.parametrize("when", ["before", "after a call"])
-def test_a_patched_class_is_seen(model, monkeypatch, when):
+@pytest.mark.parametrize("where", PATCHED, ids=".".join)
+def test_a_patched_class_is_seen(model, monkeypatch, where, when):
     fast = swinfast.optimize(model)
-    attention = type(model.stages[0].blocks[0].attn)
-    forward = attention.forward
+    cls, method = type(model.get_submodule(where[0])), where[1]
+    own = getattr(cls, method)
     with torch.no_grad():
         untouched = fast(IMAGES) if when == "after a call" else model(IMAGES)
-        monkeypatch.setattr(attention, "forward", lambda self, x, mask=None: 1.5 * forward(self, x, mask) + x)
+        monkeypatch.setattr(cls, method, lambda *args, **options: 1.5 * own(*args, **options) + 0.1)
         expected = model(IMAGES)
         assert relative_rms(expected, untouched) > 1e-6
         assert relative_rms(fast(IMAGES), expected) <= 1e-9
-        assert swinfast.report(fast).rows[1].detail == "the forward method of blocks.0.attn is patched"
+        assert swinfast.report(fast).rows[1].detail == f"the {method} method of {PATCHED[where]} is patched"
         monkeypatch.undo()
         assert relative_rms(fast(IMAGES), untouched) <= 1e-9
     assert all(row.replaced for row in swinfast.report(fast).rows)

@@ -6,6 +6,7 @@ files and a record that is written last. In the end the parts become OUTPUT, the
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -23,6 +24,8 @@ except ImportError:  # Windows
     fcntl = None
 
 MANIFEST = "manifest.json"
+# Names in a folder of parts.
+OWN = re.compile(r"(\d{8}|whole|(.+\.)?manifest)(\.\w+)?\.(json|jsonl|csv|npy|parquet)(\.\d+)?")
 
 
 class ResumeError(ValueError):
@@ -69,8 +72,14 @@ class Parts:
         Raises:
             ResumeError: There is something to resume, but of other settings.
             RuntimeError: Another run is writing there.
-            OSError: The folder can't be written.
+            OSError: The folder can't be written, or holds files that are none of a run's.
         """
+        for folder in (self.folder, self._done):
+            for file in folder.iterdir() if folder.exists() else ():
+                if not OWN.fullmatch(file.name):
+                    raise FileExistsError(
+                        f"{folder} holds what is no part of an output: {file.name}; move it elsewhere"
+                    )
         self._forget_leftovers()
         if self.folder.exists():
             self._take_lock()
@@ -81,8 +90,9 @@ class Parts:
         if resume and self.manifest.exists() and any(there):
             content = _read_manifest(self.manifest)
             self._check(content, self.output)
-            if all(there):
-                return _totals(content, self.manifest)
+            totals = _totals(content, self.manifest)
+            if all(there) and (not totals.failures or self.errors.exists()):
+                return totals
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir()
@@ -203,7 +213,7 @@ class Parts:
         shutil.rmtree(self._done, ignore_errors=True)
 
     def _check(self, content: Mapping[str, Any], where: Path) -> None:
-        old = content["settings"]
+        old = {"members": "*"} | content["settings"]  # which manifests did not always name
         other = [key for key in {**old, **self.settings} if old.get(key) != self.settings.get(key)]
         if other:
             said = ", ".join(f"{key} was {_short(old.get(key))}, is {_short(self.settings.get(key))}" for key in other)

@@ -60,8 +60,13 @@ class Images:
     def __post_init__(self):
         if self.files_from is not None and Path(self.files_from).exists() and not Path(self.files_from).is_file():
             raise ValueError(f"files_from must be a regular file, got {self.files_from!r}")
-        for path in self.paths:
-            self._check(path)
+        for path in filter(self._is_written, self.paths):
+            raise ValueError(f"{path} is written by this run, and can't be an input of it")
+        if self.output is not None and self.files_from is not None:
+            output, given = _place(self.output), Path(os.path.realpath(self.files_from))
+            beside = [output.with_name(output.name + end) for end in (".errors.csv", ".manifest.json")]
+            if given in (output, output.with_suffix(".index.csv"), *beside):
+                raise ValueError(f"{self.files_from} is written by this run, and can't be the list of its inputs")
 
     def __iter__(self) -> Iterator[Item]:
         for file in self.files():
@@ -70,7 +75,6 @@ class Images:
     def files(self) -> Iterator[str]:
         """Image files and archives; also paths that can't be looked into, so that reading them says why."""
         for path in self._given():
-            self._check(path)
             yield from (file for file in _expand(path) if not self._is_own(file))
 
     def items(self, file: str) -> Iterator[Item]:
@@ -100,17 +104,19 @@ class Images:
             with Path(self.files_from).open(encoding="utf-8-sig", errors="surrogateescape") as lines:
                 yield from filter(None, (line.rstrip("\r\n") for line in lines))
 
-    def _check(self, path: str) -> None:
-        if self._is_own(path):
-            raise ValueError(f"{path} is written by this run, and can't be an input of it")
-
     def _is_own(self, file: str) -> bool:
-        """Whether it is the output, one of its parts, or left of them, or a link to one of these."""
-        if self.output is None or not file.lower().endswith(Path(self.output).suffix):
+        """Whether a file is the output, one of its parts, or left of them, or a link to one of these."""
+        return self.output is not None and file.lower().endswith(Path(self.output).suffix) and self._is_written(file)
+
+    def _is_written(self, path: str) -> bool:
+        """Whether a path is the output, or the folder of its parts, or in there, or a link to one of these."""
+        if self.output is None:
             return False
         output = _place(self.output)
-        folders = (Path(f"{output}.parts"), Path(f"{output}.parts.done"))
-        return any(place == output or place.parent in folders for place in (_place(file), Path(os.path.realpath(file))))
+        own = {output, Path(f"{output}.parts"), Path(f"{output}.parts.done")}
+        return any(
+            not own.isdisjoint((place, *place.parents)) for place in (_place(path), Path(os.path.realpath(path)))
+        )
 
     def _tar(self, file: str) -> Iterator[Item]:
         """Offsets into a plain archive, bytes out of a compressed one."""
@@ -129,9 +135,14 @@ class Images:
                     else:
                         yield Item(name, archive.extractfile(member).read())
                 archive.members.clear()  # or a large archive's directory would fill the memory
-            while block := data.read(1 << 20):
-                if block.strip(b"\0"):
-                    raise tarfile.ReadError("more data after the end of the archive")
+            try:
+                while block := data.read(1 << 20):
+                    if block.strip(b"\0"):
+                        raise tarfile.ReadError("more data after the end of the archive")
+            except EOFError:  # of lzma, for the zeros that may fill up a file
+                stream.seek(-4, os.SEEK_END)
+                if data is stream or stream.read() != bytes(4):
+                    raise
 
     def _is_wanted(self, member: tarfile.TarInfo) -> bool:
         may_be_file = not member.isdir() and not member.isdev()  # unknown types are files, says POSIX
@@ -226,7 +237,7 @@ def _place(path: str) -> Path:
 
 def _expand(path: str) -> Iterator[str]:
     try:
-        if Path(path).is_dir():
+        if path and Path(path).is_dir():
             found = _walk(path if path.endswith(os.sep) else str(Path(path)))
         elif not Path(path).exists() and glob.has_magic(path):
             matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute ones)
