@@ -332,20 +332,26 @@ class TestProcesses:
                 images, output, part_size=2, devices=devices, watch=lambda names, reasons: seen.extend(names)
             )
             assert (summary.images, summary.failures, summary.done_now) == (12, 1, 12)
+            assert summary.waits.compute > 0
         for name in ("out.csv", "out.csv.errors.csv", "out.csv.manifest.json"):
             assert outputs[0].with_name(name).read_bytes() == outputs[1].with_name(name).read_bytes()
         assert sorted(seen[12:]) == sorted(images)
 
-    def test_share(self, model, images, tmp_path):
-        """A process does every world-th part, tells how many there are, and leaves what is finished."""
+    def test_share(self, model, images, bad_images, tmp_path):
+        """A process does every world-th part, tells of the parts and its images, and leaves what is finished."""
+        images[2] = str(bad_images["cut"])
         pipeline = swinfast.Predictor(model, batch_size=2, device="cpu", workers=0)
         job = Job(pipeline, swinfast.Images(tuple(images)), tmp_path / "out.csv", Division(2, 2), False, {})
         parts, seen = job.parts(), []
         parts.begin(False, job.files())
-        assert work(job, lambda names, reasons: seen.extend(names), 1, 3).parts == 6
+        share = work(job, lambda names, reasons: seen.extend(names), 1, 3)
+        assert (share.parts, share.images, share.failures) == (6, 4, 1)
         assert (parts.finished(), seen) == ({1, 4}, images[2:4] + images[8:10])
-        work(job, lambda names, reasons: seen.extend(names))
-        assert (parts.finished(), sorted(seen)) == (set(range(6)), images)
+        share = work(job, lambda names, reasons: seen.extend(names), 0, 2)
+        assert (share.parts, share.images, share.failures) == (6, 6, 0)  # part 4 was there, part 1 is not its own
+        share = work(job, lambda names, reasons: seen.extend(names))
+        assert (share.parts, share.images, share.failures) == (6, 11, 1)
+        assert (parts.finished(), sorted(seen)) == (set(range(6)), sorted(images))
         parts.release()
 
     def test_errors(self, model, images, bad_images, tmp_path):

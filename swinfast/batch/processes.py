@@ -92,7 +92,7 @@ def _follow(child: subprocess.Popen, device: str, watch: Watch) -> Share:
         elif "error" in told:
             raise ERRORS.get(told["type"], RuntimeError)(f"{device}: {told['error']}")
         else:
-            return Share(told["parts"], Waits(**told["waits"]))
+            return Share(told["parts"], waits=Waits(**told["waits"]))
     raise _Ended(f"the process for {device} ended with exit code {child.wait()}")
 
 

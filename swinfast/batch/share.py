@@ -49,10 +49,17 @@ class Job:
 
 @dataclass
 class Share:
-    """What a process did: how many parts the inputs have, and where its time went."""
+    """What a process did: how many parts the inputs have, images and failures of its own ones, those that were done
+    before included, and where its time went."""
 
     parts: int = 0
+    images: int = 0
+    failures: int = 0
     waits: Waits = field(default_factory=Waits)
+
+    def count(self, record: Record) -> None:
+        self.images += record.images
+        self.failures += len(record.failures)
 
 
 class _Wanted:
@@ -62,7 +69,10 @@ class _Wanted:
         self._rank, self._world, self._finished = rank, world, finished
 
     def __contains__(self, part: int) -> bool:
-        return part % self._world == self._rank and part not in self._finished
+        return self.is_own(part) and part not in self._finished
+
+    def is_own(self, part: int) -> bool:
+        return part % self._world == self._rank
 
 
 def work(job: Job, watch: Watch, rank: int = 0, world: int = 1) -> Share:
@@ -89,6 +99,7 @@ def work(job: Job, watch: Watch, rank: int = 0, world: int = 1) -> Share:
                 watch(step.names, step.reasons)
             elif collected.images:
                 record = Record(step.images, step.digest, collected.failures)
+                share.count(record)
                 names, arrays = collected.rows(job.pipeline.no_rows())
                 commits.append(writer.submit(parts.commit, step.part, files, names, arrays, record))
                 collected = _Part()
@@ -113,20 +124,24 @@ def _checked(job: Job, parts: Parts, finished: set[int], wanted: _Wanted, share:
             continue
         share.parts += 1
         if step.part in finished:
-            _compare(parts, step)
+            record = _compare(parts, step)
+            if wanted.is_own(step.part):
+                share.count(record)
         elif step.part in wanted:
             yield step
     if any(part >= share.parts for part in finished):
         raise ResumeError(f"{parts.folder} has results of more images than there are now")
 
 
-def _compare(parts: Parts, step: PartEnd) -> None:
+def _compare(parts: Parts, step: PartEnd) -> Record:
+    """The record of a finished part, which must be of these inputs."""
     record = parts.record(step.part)
     if (record.images, record.digest) != (step.images, step.digest):
         raise ResumeError(
             f"{parts.folder} can't be resumed: the inputs have other names now than in finished part {step.part}; "
             "go back to those, or start anew without resuming"
         )
+    return record
 
 
 class _Part:
