@@ -64,6 +64,11 @@ def why_not(adapter: Adapter, module: nn.Module) -> str | None:
         return f"its structure is not that of a {adapter.type_name}: {error}"
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or the one that it had before it was replaced."""
+    return getattr(type(module), "original", type(module))
+
+
 def dropouts(module: nn.Module) -> list[nn.Module]:
     """What makes a module's answers random where it is in training mode, though the module may not be."""
     return [m for m in module.modules() if isinstance(m, nn.Dropout) or type(m).__name__ == "DropPath"]
@@ -120,7 +125,7 @@ def _check_stage(module: nn.Module) -> Iterator[str]:
     for index, block in enumerate(module.blocks):
         prefix = f"blocks.{index}."
         known = "SwinTransformerV2CrBlock"
-        if not _is_a(known, type(block), type(module)):
+        if not _is_a(known, type(block), class_of(module)):
             yield f"{prefix[:-1]} is a {_other_name(block, known)}, expected {known}"
         yield from _check_block(block, prefix)
     yield from _check_insides(module)
@@ -163,7 +168,7 @@ def _check_children(module: nn.Module, prefix: str, expected: dict) -> Iterator[
             if None not in types:
                 yield f"{prefix}{name} is missing"
         elif type(child) not in types and not any(
-            isinstance(t, str) and _is_a(t, type(child), type(module)) for t in types
+            isinstance(t, str) and _is_a(t, type(child), class_of(module)) for t in types
         ):
             known = " or ".join(t if isinstance(t, str) else t.__name__ for t in types if t is not None)
             yield f"{prefix}{name} is a {_other_name(child, known)}, expected {known}"
@@ -172,7 +177,7 @@ def _check_children(module: nn.Module, prefix: str, expected: dict) -> Iterator[
 @_constant
 def _is_a(name: str, child: type, parent: type) -> bool:
     """Whether a child is of the type that its parent's own file knows by a name."""
-    home = sys.modules.get(getattr(parent, "original", parent).__module__)
+    home = sys.modules.get(parent.__module__)
     return child.__name__ == name and getattr(home, name, None) is child
 
 
@@ -205,7 +210,7 @@ def _check_insides(module: nn.Module) -> Iterator[str]:
 def patches(module: nn.Module) -> Iterator[str]:
     """What was put in place of methods of a module and those inside it, on them or on their classes."""
     for name, child in module.named_modules():
-        cls = getattr(type(child), "original", type(child))
+        cls = class_of(child)
         for method in _foreign_methods(cls):
             yield f"the {method} method of {name or cls.__name__} is patched"
         for method in methods(cls) if name else ():

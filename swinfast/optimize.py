@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from . import graphs
-from .adapters import DTYPES, SUPPORTED, Adapter, adapter_of
+from .adapters import DTYPES, SUPPORTED, Adapter, adapter_of, class_of
 from .backends import check_choice
 from .fused import FUSED, Fused, FusedStage, FusedStages, ImageScale, Settings, fuse
 
@@ -90,7 +90,7 @@ def refresh(model: nn.Module) -> None:
 
 
 def _adapter_of(module: nn.Module) -> Adapter | None:
-    return adapter_of(module.original if isinstance(module, Fused) else type(module))
+    return adapter_of(class_of(module))
 
 
 def _image_scales(model: nn.Module) -> dict[nn.Module, ImageScale]:

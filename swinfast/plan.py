@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .adapters import HOOKS, Adapter, dropouts, methods, patches, why_not
+from .adapters import HOOKS, Adapter, class_of, dropouts, methods, patches, why_not
 from .autocast import without_autocast
 from .backends import Choice, choose
 from .graphs import Graphs, is_capturing
@@ -74,7 +74,7 @@ class Plan:
         self._contents = [table.values() for table in tables]
         self._attributes = [m.__dict__ for m in self._modules[1:]]
         self._hooks = [getattr(m, hooks) for m in self._modules[1:] for hooks in HOOKS]
-        classes = dict.fromkeys(getattr(type(m), "original", type(m)) for m in self._modules)
+        classes = dict.fromkeys(map(class_of, self._modules))
         self._methods = [(cls, method) for cls in classes for method in methods(cls)]
         self._watched = [(m.__dict__, name) for m in self._modules for name in WATCHED if name in m.__dict__]
         self._dropouts = dropouts(module)
@@ -107,6 +107,12 @@ class Plan:
     def is_random(self) -> bool:
         """Whether a dropout inside was put into training mode, though the module is not."""
         return any(dropout.training for dropout in self._dropouts)
+
+    def why_original(self) -> str | None:
+        """Why the original runs in eval mode, for the report."""
+        if self.reason is None and self.is_random() and not self.module.training:
+            return "a dropout inside it is in training mode"
+        return self.reason
 
     @property
     def may_be_captured(self) -> bool:

@@ -56,11 +56,7 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if isinstance(module, FusedComputation):
             training |= module.training
-            plan = module.plan()
-            reason = plan.reason
-            if reason is None and plan.is_random() and not module.training:
-                reason = "a dropout inside it is in training mode"
-            rows += _rows(name, module, plan, reason)
+            rows += _rows(name, module, module.plan())
         if isinstance(module, Fused) and module._swinfast.plan is not None:
             graphs += _graphs(name or type(module).__name__, module._swinfast.plan.graphs)
     if not rows:
@@ -74,21 +70,20 @@ def _graphs(name: str, graphs: Graphs) -> list[str]:
     return [f"{name}: CUDA graphs for {len(graphs)} inputs"] if len(graphs) else []
 
 
-def _rows(name: str, module: FusedComputation, plan: Plan, reason: str | None) -> list[Row]:
+def _rows(name: str, module: FusedComputation, plan: Plan) -> list[Row]:
     if not isinstance(module, FusedStage):
-        return [_row(name, module.adapter.kind, plan, reason, plan.spec)]
+        return [_row(name, module.adapter.kind, plan, plan.spec)]
     prefix = f"{name}." if name else ""
     blocks = plan.spec.blocks if plan.spec else [None] * len(module.blocks)
-    rows = [_row(f"{prefix}blocks.{index}", "block", plan, reason, block) for index, block in enumerate(blocks)]
+    rows = [_row(f"{prefix}blocks.{index}", "block", plan, block) for index, block in enumerate(blocks)]
     if not isinstance(module.downsample, nn.Identity):
         merge = plan.spec.merge if plan.spec else None
-        rows.insert(0, _row(f"{prefix}downsample", "patch merging", plan, reason, merge))
+        rows.insert(0, _row(f"{prefix}downsample", "patch merging", plan, merge))
     return rows
 
 
-def _row(
-    name: str, kind: str, plan: Plan, reason: str | None, spec: PatchEmbedSpec | MergeSpec | BlockSpec | None
-) -> Row:
+def _row(name: str, kind: str, plan: Plan, spec: PatchEmbedSpec | MergeSpec | BlockSpec | None) -> Row:
+    reason = plan.why_original()
     if reason is not None:
         return Row(name, kind, False, reason)
     parameter = plan.parameters[0]
