@@ -12,12 +12,14 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported: kernels then run on the CPU, in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
+from graph_captures import DEVICE, Captures
 from helpers import randomise, write_image
 from safetensors.torch import save_file
 from swinfast.reference import SwinTransformerV2Cr
 from torch import nn
 
 from bench.peers import import_timm
+from swinfast import graphs, torch_backend
 from swinfast.cli import main
 
 torch.backends.cudnn.allow_tf32 = False  # which the oracle's convolution on a GPU is by default
@@ -35,6 +37,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def timm() -> ModuleType:
     """timm, the oracle for models and image transforms."""
     return import_timm()
+
+
+@pytest.fixture
+def captures(monkeypatch) -> Captures:
+    """What captures CUDA graphs; without a GPU, of the PyTorch backend too."""
+    captures = Captures()
+    monkeypatch.setattr(graphs, "capture", captures.capture)
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(graphs, "on_gpu", lambda x: True)
+        monkeypatch.setattr(graphs, "stream_of", lambda device: captures.stream)
+        monkeypatch.setattr(graphs, "are_possible", lambda device: True)
+        monkeypatch.setattr(torch_backend, "capturable", True)
+        monkeypatch.setattr(torch_backend, "graph_pays", lambda x, dtype: True, raising=False)
+    return captures
 
 
 @pytest.fixture(scope="session")

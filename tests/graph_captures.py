@@ -1,12 +1,37 @@
-"""What captures CUDA graphs in the tests: a GPU, or a stand-in."""
+"""What captures CUDA graphs in the tests: a GPU, or a stand-in; and the model that they are captured of."""
 
 from contextlib import contextmanager
 
 import torch
+from helpers import SMALL, make, random_images, relative_rms
 
+import swinfast
 from swinfast import graphs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TINY = SMALL | {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "num_heads": (1, 2)}
+
+
+def tiny(timm):
+    return make(timm, TINY, "timm").to(DEVICE).requires_grad_(False)
+
+
+def optimised(model, backend="triton" if DEVICE.type == "cuda" else "torch", **options):
+    return swinfast.optimize(model, backend=backend, **options)
+
+
+def images(batch=1, seed=0, size=16):
+    return random_images(batch, 3, size, size, seed=seed).to(DEVICE)
+
+
+def assert_right(fast, model, x):
+    assert relative_rms(fast(x), model(x)) <= 1e-5
+
+
+def edit(either):
+    with torch.no_grad():
+        for parameter in either.stages.parameters():
+            parameter[: (len(parameter) + 1) // 2].add_(0.2)
 
 
 class Captures:
