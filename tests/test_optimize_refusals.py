@@ -329,4 +329,5 @@ def test_float16_on_a_cpu_warns(model):
 def test_report_of_a_model_in_training_mode(model):
     fast = swinfast.optimize(model.train())
     assert "until model.eval()" in str(swinfast.report(fast))
+    assert all(row.replaced for row in swinfast.report(fast).rows)  # dropouts that are in it with the model
     assert "until model.eval()" not in str(swinfast.report(fast.eval()))
