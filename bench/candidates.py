@@ -4,7 +4,7 @@ import itertools
 import math
 
 import triton
-from swinfast.kernels.configs import MANY, Config, columns, row_tiles
+from swinfast.kernels.configs import MANY, NO_SIZES, Config, columns, row_tiles, tile
 from swinfast.kernels.gate import ARCHS
 from swinfast.kernels.shapes import PRECISIONS
 
@@ -37,6 +37,7 @@ LIBRARY = Config({"use": "library"}, 4, 1, "a candidate")  # of linear
 IN_TILES = ("linear_norm_residual", "mlp_block", "attention_block")  # rows of channels: in three tiles or in one
 FEW_REGISTERS = ("norm_residual", "merge_norm")
 DESCRIBES = ("sm_90", "sm_100")  # architectures with an engine that copies what a descriptor describes
+OVERLAPS = DESCRIBES  # and that can start a kernel before the one before it is done
 SIXTEEN_BITS = ("float16", "bfloat16")  # have the same instructions, and rows in common
 FEW = 4096  # rows, up to which candidates lie around those of AROUND, with more and smaller programs than the present
 AROUND = {
@@ -64,29 +65,35 @@ def candidates(
         grid = {
             "TILE": tuple(dict.fromkeys((columns(sizes["channels"])[0], triton.next_power_of_2(sizes["channels"]))))
         } | grid
+    few = sizes.get("rows", MANY) <= FEW
+    overlapped = {"OVERLAPPED": True} if few and arch in OVERLAPS else {}  # a launch takes as long as what it computes
     found = []
     for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
         usual = {"IMAGES": 1, "PER_UNIT": 0, "TILE": grid.get("TILE", (0,))[0]}  # what a row need not say
         blocks = {name: size for name, size in settings.items() if name not in LAUNCH and size != usual.get(name)}
-        candidate = Config(blocks, settings["num_warps"], settings["num_stages"], "a candidate")
+        candidate = Config(blocks | overlapped, settings["num_warps"], settings["num_stages"], "a candidate")
         if candidate[:3] != present[:3] and plausible(kernel, sizes, precision, candidate, arch):
             found.append(candidate)
-    center = AROUND.get(kernel, present) if sizes.get("rows", MANY) <= FEW else present
+    center = AROUND.get(kernel, present) if few else present
     if "use" in center.blocks:  # no distance from a library
         center = Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3, "")
-    found += [one for one in _limited(kernel, present, arch) if plausible(kernel, sizes, precision, one, arch)]
-    found.sort(key=lambda one: _distance(one, center))
+    center = center._replace(blocks=center.blocks | overlapped)
+    found += [one for one in _with_options(kernel, present, arch) if plausible(kernel, sizes, precision, one, arch)]
+    found = sorted({tile(one): one for one in found}.values(), key=lambda one: _distance(one, center))
     library = [LIBRARY] if kernel == "linear" and "use" not in present.blocks else []
     return [present, *library, *found[: most - len(library)]]
 
 
-def _limited(kernel: str, present: Config, arch: str) -> list[Config]:
-    """The present choice with limits of its registers, or other ones, where the kernel keeps many."""
-    if not arch.startswith("sm_") or "use" in present.blocks or kernel in FEW_REGISTERS:
+def _with_options(kernel: str, present: Config, arch: str) -> list[Config]:
+    """The present choice overlapped, and with other limits of its registers where the kernel keeps many."""
+    if not arch.startswith("sm_") or "use" in present.blocks:
         return []
-    limits = [limit for limit in REGISTERS.get(present.num_warps, ()) if limit != present.blocks.get("maxnreg")]
-    return [present._replace(blocks=present.blocks | {"maxnreg": limit}, source="a candidate") for limit in limits]
+    options = [{"OVERLAPPED": True}] if arch in OVERLAPS and not present.blocks.get("OVERLAPPED") else []
+    if kernel not in FEW_REGISTERS:
+        limits = REGISTERS.get(present.num_warps, ())
+        options += [{"maxnreg": limit} for limit in limits if limit != present.blocks.get("maxnreg")]
+    return [present._replace(blocks=present.blocks | option, source="a candidate") for option in options]
 
 
 def plausible(kernel: str, sizes: dict[str, int], precision: str, candidate: Config, arch: str) -> bool:
@@ -122,9 +129,9 @@ def _width(candidate: Config, channels: int) -> int:
 
 
 def _distance(one: Config, other: Config) -> float:
-    """Doublings of blocks and warps, stages, and a limit of registers, that lie between two configurations."""
-    sizes = {name: size for name, size in one.blocks.items() if name != "maxnreg"}
+    """Doublings of blocks and warps, stages, and options, that lie between two configurations."""
+    sizes = {name: size for name, size in one.blocks.items() if name not in NO_SIZES}
     steps = sum(abs(math.log2(size / other.blocks.get(name, size))) for name, size in sizes.items())
-    limited = one.blocks.get("maxnreg") != other.blocks.get("maxnreg")
+    steps += sum(one.blocks.get(option) != other.blocks.get(option) for option in NO_SIZES)
     steps += sum((name in one.blocks) != (name in other.blocks) for name in ("PER_UNIT", "IMAGES"))
-    return steps + abs(math.log2(one.num_warps / other.num_warps)) + abs(one.num_stages - other.num_stages) + limited
+    return steps + abs(math.log2(one.num_warps / other.num_warps)) + abs(one.num_stages - other.num_stages)

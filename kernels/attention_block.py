@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .configs import cdiv, config, power_of_two, row_tiles
 from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
-from .tiles import add_rows, add_vector, dot, layer_norm, load_rows, load_transposed, store_rows, zeros
+from .tiles import add_rows, add_vector, begin, dot, layer_norm, load_rows, load_transposed, store_rows, zeros
 from .window_attention import check_table, reciprocal_length, softmax_scale, window_tokens
 
 LARGEST_WINDOW = 64  # tokens
@@ -51,7 +51,9 @@ def _attention_block_kernel(
     TILE: tl.constexpr,
     COUNT: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAPPED: tl.constexpr = False,
 ):
+    begin(OVERLAPPED)
     C: tl.constexpr = HEADS * HEAD_DIM
     window = tl.program_id(0)
     window_column = window % windows_w

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).with_name("configs")
 MANY = 1 << 31  # rows
+NO_SIZES = ("maxnreg", "OVERLAPPED")  # among blocks
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 
 
@@ -21,7 +22,8 @@ class Config(NamedTuple):
 
     Attributes:
         blocks: Tile sizes by the names of the kernel's constexprs; for a form, which kernel ("use"). "maxnreg" limits
-            the registers of a thread, so that more programs fit a multiprocessor.
+            the registers of a thread, so that more programs fit a multiprocessor. "OVERLAPPED" lets the kernel be
+            started before the one before it is done: GPUs of compute capability 9.0 and newer can.
         num_warps, num_stages: As Triton takes them.
         source: Where the choice came from.
     """
@@ -30,6 +32,16 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     source: str
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton compiles and launches with, beside the constexprs."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if "maxnreg" in self.blocks:
+            options["maxnreg"] = self.blocks["maxnreg"]
+        if self.blocks.get("OVERLAPPED"):
+            options["launch_pdl"] = True
+        return options
 
 
 Choose = Callable[[str, dict[str, int]], Config | None]
@@ -104,10 +116,10 @@ def matches(when: dict[str, Any], shape: dict[str, int]) -> bool:
 
 
 def tile(chosen: Any) -> str:
-    """The blocks, warps, stages and limit of registers of a Config (or a gate.Job) in short: 128x64x32 w4 s3 r168."""
-    limit = chosen.blocks.get("maxnreg")
-    blocks = "x".join(str(size) for name, size in chosen.blocks.items() if name != "maxnreg") or "-"
-    return f"{blocks} w{chosen.num_warps} s{chosen.num_stages}{f' r{limit}' if limit else ''}"
+    """A Config (or a gate.Job) in short: 128x64x32 w4 s3, then r168 for a limit of registers, o for overlapped."""
+    blocks = "x".join(str(size) for name, size in chosen.blocks.items() if name not in NO_SIZES) or "-"
+    limit = f" r{chosen.blocks['maxnreg']}" if "maxnreg" in chosen.blocks else ""
+    return f"{blocks} w{chosen.num_warps} s{chosen.num_stages}{limit}{' o' if chosen.blocks.get('OVERLAPPED') else ''}"
 
 
 def cdiv(size: int, block: int) -> int:

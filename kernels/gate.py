@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from .configs import Config
 from .launch import Launch
 
 PRODUCTS = {  # matrix instructions by what their text in the assembly is
@@ -31,6 +32,8 @@ DERIVED = {
     "TILE", "COUNT", "PRECISION", "LOG2_E", "EXACT_GELU", "HAS_BIAS", "BLOCK", "BLOCK_D", "BLOCK_HIDDEN", "IMAGES",
 }  # fmt: skip
 TENSOR_MEMORY = 512  # columns
+WAIT = "griddepcontrol.wait"  # for the kernel before an overlapped one
+ACCESS = re.compile(r"\b(?:ld|st|cp|red|atom|prefetch)\.[\w.:]*global")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -73,8 +76,7 @@ class Job(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         """What Triton compiles with."""
-        limit = {"maxnreg": self.blocks["maxnreg"]} if "maxnreg" in self.blocks else {}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit
+        return Config(self.blocks, self.num_warps, self.num_stages, "").options
 
     @property
     def kernel(self) -> str:
@@ -102,6 +104,7 @@ class Measured(NamedTuple):
     shared: int = 0  # bytes per program
     tensor_memory: int = 0  # columns
     product: str = ""  # the matrix instruction, "" for none
+    waits: bool = False  # for the kernel before it, before any access to memory
     error: str = ""  # why it did not compile
 
 
@@ -159,7 +162,13 @@ def compile_ahead(job: Job) -> Measured:
         registers, spilled = _amd_resources(assembly)
     product = next((name for name, text in PRODUCTS.items() if text in assembly), "")
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    return Measured(registers, spilled, compiled.metadata.shared, tensor_memory, product)
+    return Measured(registers, spilled, compiled.metadata.shared, tensor_memory, product, waits_first(assembly))
+
+
+def waits_first(assembly: str) -> bool:
+    """Whether a kernel in PTX waits for the one before it, and does so before it reads or writes memory."""
+    access = ACCESS.search(assembly)
+    return WAIT in assembly and (access is None or assembly.index(WAIT) < access.start())
 
 
 def _cuda_resources(cubin: bytes) -> tuple[int, int]:
@@ -206,6 +215,8 @@ def problems(job: Job, measured: Measured) -> list[str]:
         found.append(f"needs {measured.shared >> 10} KB of shared memory, there are {arch.shared_per_program >> 10}")
     if measured.tensor_memory > TENSOR_MEMORY:
         found.append(f"needs {measured.tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY}")
+    if job.blocks.get("OVERLAPPED") and not measured.waits:
+        found.append("overlaps with the kernel before it and does not wait for that first")
     wanted = wanted_products(job)
     if wanted and measured.product not in wanted:
         found.append(f"multiplies with {measured.product or 'no matrix instruction'}, expected {' or '.join(wanted)}")

@@ -85,7 +85,7 @@ def launch(kernel: Any, programs: int, *args: Any, config: Config, **constants: 
         )
     elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
     with torch.cuda.device(tensor.device) if elsewhere else HERE:
-        kernel[(programs,)](*args, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+        kernel[(programs,)](*args, **constants | config.options)
 
 
 def can_be_described(*tensors: Tensor) -> bool:

@@ -29,7 +29,7 @@ from .launch import (
     precision_name,
     units,
 )
-from .tiles import dot, gelu, load_transposed
+from .tiles import begin, dot, gelu, load_transposed
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -48,7 +48,9 @@ def _linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPPED: tl.constexpr = False,
 ):
+    begin(OVERLAPPED)
     # neighbouring programs share a block of x, which is read once; all of the weights stay in the L2 cache
     program = tl.program_id(0)
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -88,8 +90,10 @@ def _persistent_linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPPED: tl.constexpr = False,
 ):
     """Programs that go from tile to tile: the loads of the next are under way while one gets its GELU and is stored."""
+    begin(OVERLAPPED)
     HALF: tl.constexpr = BLOCK_N // 2
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tiles = tl.cdiv(rows, BLOCK_M) * blocks_n

@@ -24,7 +24,7 @@ from .launch import (
     precision,
     precision_name,
 )
-from .tiles import add_rows, add_vector, dot, layer_norm, load_rows, load_transposed, store_rows, zeros
+from .tiles import add_rows, add_vector, begin, dot, layer_norm, load_rows, load_transposed, store_rows, zeros
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -49,7 +49,9 @@ def _linear_norm_residual_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPPED: tl.constexpr = False,
 ):
+    begin(OVERLAPPED)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     x_rows = x + row.to(tl.int64)[:, None] * K

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .configs import at_most, cdiv, columns, config
 from .launch import arch_of, check, check_rows, check_vectors, launch, operator, precision_name
-from .tiles import layer_norm, store_rows
+from .tiles import begin, layer_norm, store_rows
 
 LARGEST_CHANNELS = 2048  # of x
 
@@ -34,7 +34,9 @@ def _merge_norm_kernel(
     TILE: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    OVERLAPPED: tl.constexpr = False,
 ):
+    begin(OVERLAPPED)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     merged_h, merged_w = (height + 1) // 2, (width + 1) // 2

@@ -25,7 +25,7 @@ from .launch import (
     precision,
     precision_name,
 )
-from .tiles import add_rows, add_vector, dot, gelu, layer_norm, load_rows, load_transposed, store_rows, zeros
+from .tiles import add_rows, add_vector, begin, dot, gelu, layer_norm, load_rows, load_transposed, store_rows, zeros
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -52,7 +52,9 @@ def _mlp_block_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
+    OVERLAPPED: tl.constexpr = False,
 ):
+    begin(OVERLAPPED)
     WHOLE: tl.constexpr = TILE * COUNT == C and HIDDEN % BLOCK_HIDDEN == 0
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows

@@ -22,7 +22,7 @@ from .launch import (
     operator,
     precision_name,
 )
-from .tiles import add_rows, layer_norm, load_rows, store_rows
+from .tiles import add_rows, begin, layer_norm, load_rows, store_rows
 
 LARGEST_CHANNELS = 4096
 
@@ -44,7 +44,9 @@ def _norm_residual_kernel(
     COUNT: tl.constexpr,
     EXTRA_NORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    OVERLAPPED: tl.constexpr = False,
 ):
+    begin(OVERLAPPED)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     offset = row.to(tl.int64) * C

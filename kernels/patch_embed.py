@@ -24,7 +24,7 @@ from .launch import (
     precision_name,
     precision_of_few,
 )
-from .tiles import add_vector, dot, layer_norm, load_transposed, store_rows, zeros
+from .tiles import add_vector, begin, dot, layer_norm, load_transposed, store_rows, zeros
 
 IMAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
 
@@ -59,7 +59,9 @@ def _patch_embed_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPPED: tl.constexpr = False,
 ):
+    begin(OVERLAPPED)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     patch_column = row % patches_w

@@ -7,8 +7,21 @@ C are zero.
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def begin(OVERLAPPED: tl.constexpr):
+    """What every kernel does first.
+
+    OVERLAPPED it was started before the kernel before it was done (CUDA calls that programmatic dependent launch): it
+    lets the one after it be started, too, and waits for all that the one before it writes.
+    """
+    if OVERLAPPED and not INTERPRETED:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

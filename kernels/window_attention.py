@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .configs import Config, cdiv, config, power_of_two
 from .launch import arch_of, check, check_rows, check_weight, launch, operator, precision_name, precision_of_few
-from .tiles import dot
+from .tiles import begin, dot
 
 LARGEST_HEAD_DIM = 64
 LARGEST_WINDOW = 576  # tokens
@@ -112,7 +112,9 @@ def _window_attention_kernel(
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
     IMAGES: tl.constexpr,
+    OVERLAPPED: tl.constexpr = False,
 ):
+    begin(OVERLAPPED)
     C: tl.constexpr = HEADS * HEAD_DIM
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     WHOLE: tl.constexpr = KEYS - TAIL  # keys in blocks of BLOCK_N, then a tail

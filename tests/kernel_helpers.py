@@ -29,6 +29,7 @@ Arguments = dict[str, Any]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CAN_OVERLAP = DEVICE.type == "cpu" or (not torch.version.hip and torch.cuda.get_device_capability() >= (9, 0))
 EPS, EXTRA_EPS = 3e-3, 7e-3  # large and different, so that a wrong one shows
 GUARD = 1 << 18  # bytes before and after each tensor
 POISON, OUTSIDE = 0xFF, 0xA5  # bytes; the former are NaN in every floating-point dtype

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from swinfast.kernels.configs import ARCHITECTURES, FOLDER, config, rows
-from swinfast.kernels.gate import Job, Measured, problems
+from swinfast.kernels.gate import Job, Measured, problems, waits_first
 
 ROOT = Path(__file__).parents[1]
 KERNELS = {
@@ -59,6 +59,23 @@ for window in ((2, 3), (4, 5), (5, 9), (8, 9), (10, 10)):
             print(window, name, error)
 """
 
+OVERLAPPED = """
+from swinfast.kernels.gate import job_of, measure, problems
+from swinfast.kernels.shapes import launches
+
+seen = set()
+for launched in launches("sm_90", "float16", ["tiny"]):
+    name = launched.kernel and launched.kernel.fn.__name__
+    if name and launched.kernel.fn.__module__ != "swinfast.kernels.cpb_bias" and name not in seen:
+        seen.add(name)
+        blocks = launched.config.blocks | {"OVERLAPPED": True}
+        launched = launched._replace(
+            config=launched.config._replace(blocks=blocks), constants=launched.constants | {"OVERLAPPED": True}
+        )
+        job = job_of(launched, "sm_90", "float16")
+        print(job.kernel, *problems(job, measure(job)))
+"""
+
 
 @pytest.fixture
 def gate(pytestconfig):
@@ -99,6 +116,31 @@ def test_windows_of_other_sizes_compile(gate):
     done = gate("-c", WINDOWS)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == ""
+
+
+def test_overlapped_kernels_wait_first(gate):
+    """Those of a forward, by the machine code; the table of biases is not computed in one."""
+    done = gate("-c", OVERLAPPED)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(done.stdout.splitlines()) == {k for k in KERNELS if not k.startswith("cpb_bias")} | {PERSISTENT}
+
+
+@pytest.mark.parametrize(
+    ("assembly", "waits"),
+    [
+        (".entry k(.param .u64 .ptr .global p) { griddepcontrol.wait; ld.global.b32 %r1, [%rd1]; }", True),
+        (".entry k(.param .u64 .ptr .global p) { ld.global.b32 %r1, [%rd1]; }", False),
+        ("@%p1 ld.global.v4.b32 {%r1}, [%rd1]; griddepcontrol.wait;", False),
+        ("cp.async.cg.shared.global [%r1], [%rd1], 16; griddepcontrol.wait;", False),
+        ("cp.async.bulk.tensor.2d.shared::cluster.global [%r1], [%rd1]; griddepcontrol.wait;", False),
+        ("st.shared.b32 [%r1], %r2; griddepcontrol.wait; st.global.b32 [%rd1], %r2;", True),
+    ],
+)
+def test_gate_knows_who_waits_first(assembly, waits):
+    assert waits_first(assembly) is waits
+    blocks = {"OVERLAPPED": True}
+    job = Job("sm_90", "float16", "swinfast.kernels.norm_residual", "_", {}, {}, {}, 4, 2, blocks, {}, "")
+    assert bool(problems(job, Measured(registers=32, waits=waits))) is not waits
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ import threading
 import pytest
 import torch
 from helpers import random_images, randomise, relative_rms, small_model_args
+from swinfast.kernels import configs
+from swinfast.kernels.configs import Config, config
+from swinfast.kernels.launch import arch_of
 from swinfast.kernels.linear import linear
 from swinfast.kernels.window_attention import padded_size, window_attention
 
@@ -200,6 +203,38 @@ def test_a_warm_forward_allocates_its_output_and_nothing_else(timm, cuda_graphs)
     if cuda_graphs:
         assert after["allocation.all.allocated"] - before["allocation.all.allocated"] == len(outputs)
     assert after["segment.all.current"] == before["segment.all.current"]
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and (torch.version.hip or torch.cuda.get_device_capability() < (9, 0)),
+    reason="needs a GPU that starts a kernel before the one before it is done",
+)
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_overlapped_kernels(timm, batch, cuda_graphs):
+    """The same to the bit: none reads what the one before it has not written yet, or overwrites what that reads."""
+    model = randomise(timm.create_model("swinv2_cr_tiny_ns_224")).eval().cuda().half()
+    arch = arch_of(torch.device("cuda"))
+
+    def kernels(**option):
+        def choose(kernel, shape):
+            with configs.override(lambda *_: None):
+                chosen = config(kernel, arch, "float16", **shape)
+            if chosen.blocks.get("use") == "library":
+                chosen = Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, 4, 3, "a test")
+            return chosen if "use" in chosen.blocks else chosen._replace(blocks=chosen.blocks | option)
+
+        return configs.override(choose)
+
+    inputs = [random_images(batch, 3, 224, 224, seed=seed).cuda().half() for seed in range(4)]
+    answers = []
+    for option in ({"OVERLAPPED": False}, {"OVERLAPPED": True}):
+        fast = swinfast.optimize(model, cuda_graphs=cuda_graphs)
+        with torch.no_grad(), kernels(**option):
+            answers.append([fast(images) for _ in range(20) for images in inputs])
+            torch.cuda.synchronize()
+    assert not torch.equal(answers[0][0], answers[0][1])
+    assert all(map(torch.equal, *answers))
 
 
 def test_peak_memory(timm):

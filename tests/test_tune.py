@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from swinfast.kernels import configs
-from swinfast.kernels.configs import FOLDER, Config, config, tile
+from swinfast.kernels.configs import FOLDER, NO_SIZES, Config, config, tile
 from swinfast.kernels.gate import Measured
 from swinfast.kernels.patch_embed import patch_embed
 
@@ -41,7 +41,7 @@ def run(tmp_path):
 
     def run(timer, *options: str) -> tuple[int, Path, list[dict]]:
         table, log = tmp_path / "sm_90.json", tmp_path / "log.jsonl"
-        arguments = ["--kernels", "patch_embed", "--candidates", "4", "--table", str(table), "--log", str(log)]
+        arguments = ["--kernels", "patch_embed", "--candidates", "5", "--table", str(table), "--log", str(log)]
         status = tune.main([*arguments, *options], timer_of=lambda device, in_graphs: timer)
         configs.forget()
         return status, table, [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
@@ -124,8 +124,8 @@ def test_wrong_and_failing_candidates_are_named(run, monkeypatch):
     _, table, log = run(fewer_stages_are_faster)
     found = {entry["config"]: entry["outcome"] for entry in log}
     assert found["64x16 w4 s2"] == "timed"
-    assert found["64x16 w4 s1"] == "failed: RuntimeError: out of resource: shared memory"
-    assert found["64x16 w4 s3"].startswith("wrong: rms error")
+    assert found["64x16 w4 s1 o"] == "failed: RuntimeError: out of resource: shared memory"
+    assert found["64x16 w4 s3 o"].startswith("wrong: rms error")
     assert found["final"] == "final"
     assert not table.exists()
 
@@ -143,7 +143,7 @@ def test_a_lost_context_goes_on_in_a_new_process(run, monkeypatch, tmp_path):
     started: list[list[str]] = []
     monkeypatch.setattr(tune, "operation", lambda case: operation)
     monkeypatch.setattr(os, "execv", execv)
-    for _ in range(4):  # all but the last candidate lose it, the present choice among them
+    for _ in range(5):  # all but the last candidate lose it, the present choice among them
         with pytest.raises(SystemExit):
             run(all_are_the_same, "--resume")
     status, _, log = run(all_are_the_same, "--resume")
@@ -151,8 +151,8 @@ def test_a_lost_context_goes_on_in_a_new_process(run, monkeypatch, tmp_path):
     assert started[0][1:3] == ["-m", "bench.tune"]
     assert started[0][-3] == "--resume" and started[0][-2] == "--minutes"
     crashed = [entry["config"] for entry in log if entry["outcome"].startswith("crashed")]
-    assert len(crashed) == 4 and len(set(crashed)) == 4  # none is tried again
-    assert log[-1]["best"] == "64x16 w4 s3" and log[-1]["present_us"] is None
+    assert len(crashed) == 5 and len(set(crashed)) == 5  # none is tried again
+    assert log[-1]["best"] == "64x16 w4 s3 o" and log[-1]["present_us"] is None
 
 
 def test_refused_candidates_are_not_run(tmp_path):
@@ -218,6 +218,7 @@ def test_compilers_say_why_a_candidate_is_refused(monkeypatch):
     class Job:
         def __init__(self, config):
             self.arch, self.num_warps, self.precision, self.key = "sm_90", 4, "float16", tile(config)
+            self.blocks = config.blocks
             self.named = {"PRECISION": "ieee", "BLOCK_M": 64, "BLOCK_K": config.blocks["BLOCK_K"]}
 
     monkeypatch.setattr(tune, "job_of", lambda launched, arch, precision: Job(launched.config))
@@ -245,7 +246,7 @@ def test_candidates(kernel):
     found = candidates(kernel, sizes, "float16", present, "sm_90", 1000)
     assert found[0] is present
     assert len({tile(one) for one in found}) == len(found) >= 9
-    optional = {"TILE", "IMAGES", "PER_UNIT", "maxnreg"}
+    optional = {"TILE", "IMAGES", "PER_UNIT", *NO_SIZES}
     keys = {frozenset(one.blocks.keys() - optional) for one in found if one is not LIBRARY}
     assert keys == {frozenset(present.blocks.keys() - optional)}
     assert (LIBRARY in found) == (kernel == "linear")
@@ -256,8 +257,12 @@ def test_candidates(kernel):
     ("kernel", "sizes", "wanted"),
     [
         ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 1 << 16}, "128x128x64x2 w4 s3"),
-        ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 256}, "64x64x128 w4 s3"),
+        ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 256}, "64x64x128 w4 s3"),  # as it is
+        ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 256}, "64x64x128 w4 s3 o"),
         ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 256}, "library w4 s1"),
+        ("linear", {"k": 384, "n": 384, "gelu": 0, "rows": 256}, "32x64x128 w4 s3 o"),
+        ("norm_residual", {"channels": 384, "rows": 256}, "1 w2 s1 o"),
+        ("window_attention", {"tokens": 49, "block_d": 32}, "64x64x8 w4 s3 o"),
         ("mlp_block", {"channels": 96, "stream_bytes": 2, "rows": 1 << 20}, "128x32 w4 s2"),
         ("mlp_block", {"channels": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x32 w8 s3"),
         ("linear_norm_residual", {"channels": 192, "k": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x64 w4 s2"),
@@ -283,11 +288,30 @@ def test_limits_of_registers():
         tried = candidates("mlp_block", sizes, "float16", own, arch, 1000)[1:]
         near = [one for one in tried if one.blocks.items() >= blocks.items() and one[1:3] == own[1:3]]
         assert all(one in near for one in tried if "maxnreg" in one.blocks)
-        return [one.blocks.get("maxnreg") for one in near if "TILE" not in one.blocks]
+        return [one.blocks.get("maxnreg") for one in near if not {"TILE", "OVERLAPPED"} & one.blocks.keys()]
 
     assert limits({}) == list(REGISTERS[4])
     assert limits({"maxnreg": 96}) == [None, 128, 168]
     assert limits({}, "gfx942") == []
+
+
+@pytest.mark.parametrize(("arch", "rows", "expected"), [("sm_90", 256, {True}), ("sm_89", 256, {None})])
+def test_few_rows_are_tried_overlapped(arch, rows, expected):
+    """All of them, where launching takes as long as computing, but for the present choice; on GPUs that can."""
+    tried = linear_candidates(arch, rows)
+    assert {one.blocks.get("OVERLAPPED") for one in tried if not {"use", "maxnreg"} & one.blocks.keys()} == expected
+
+
+def test_many_rows_are_tried_overlapped_once():
+    present = config("linear", "sm_90", "float16", k=384, n=1536, gelu=1, rows=1 << 16)
+    overlapped = [one for one in linear_candidates("sm_90", 1 << 16) if "OVERLAPPED" in one.blocks]
+    assert [one[:3] for one in overlapped] == [(present.blocks | {"OVERLAPPED": True}, *present[1:3])]
+
+
+def linear_candidates(arch: str, rows: int) -> list[Config]:
+    sizes = {"k": 384, "n": 1536, "gelu": 1, "rows": rows}
+    present = config("linear", arch, "float16", **sizes)
+    return candidates("linear", sizes, "float16", present, arch, 1000)[1:]
 
 
 def test_implausible_candidates_are_not():

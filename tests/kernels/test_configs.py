@@ -105,6 +105,22 @@ def test_override():
     ]
 
 
+@pytest.mark.parametrize(
+    ("blocks", "options", "text"),
+    [
+        ({"BLOCK_M": 16, "BLOCK_K": 32}, {}, "16x32 w2 s3"),
+        ({}, {}, "- w2 s3"),
+        ({"BLOCK_M": 16, "maxnreg": 96}, {"maxnreg": 96}, "16 w2 s3 r96"),
+        ({"OVERLAPPED": True, "BLOCK_M": 16}, {"launch_pdl": True}, "16 w2 s3 o"),
+        ({"BLOCK_M": 16, "maxnreg": 96, "OVERLAPPED": True}, {"maxnreg": 96, "launch_pdl": True}, "16 w2 s3 r96 o"),
+    ],
+)
+def test_options(blocks, options, text):
+    chosen = Config(blocks, 2, 3, "a test")
+    assert chosen.options == {"num_warps": 2, "num_stages": 3} | options
+    assert configs.tile(chosen) == text
+
+
 def is_power_of_two(size: int) -> bool:
     return size > 0 and size & (size - 1) == 0
 
@@ -127,6 +143,9 @@ def test_tables(file):
             if "maxnreg" in blocks:  # an option of NVIDIA's compiler
                 assert file.stem.startswith("sm_"), row
                 assert blocks.pop("maxnreg") in range(24, 256, 8), row
+            if "OVERLAPPED" in blocks:  # older GPUs start a kernel when the one before it is done
+                assert file.stem in ("sm_90", "sm_100"), row
+                assert blocks.pop("OVERLAPPED") is True, row
             optional = OPTIONAL.get(row["kernel"], set())
             assert blocks.keys() - optional == BLOCKS[row["kernel"]], row
             assert all(is_power_of_two(size) for size in blocks.values()), row

@@ -10,6 +10,7 @@ import triton
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_helpers import (
+    CAN_OVERLAP,
     DEVICE,
     DTYPES,
     Draw,
@@ -71,8 +72,9 @@ def test_blocks(sizes):
         check(module.linear, ops.linear, arguments(*CASES["tails"]), torch.float32)
 
 
-def test_a_limit_of_registers_is_no_size():
-    with blocks(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, maxnreg=96):
+@pytest.mark.parametrize("option", [{"maxnreg": 96}, *([{"OVERLAPPED": True}] if CAN_OVERLAP else [])], ids=str)
+def test_options_are_no_sizes(option):
+    with blocks(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, **option):
         check(module.linear, ops.linear, arguments(*CASES["tails"]), torch.float32)
 
 
