@@ -3,8 +3,8 @@
     x and y [B, H, W, C], qkv weight [3C, C], proj weight [C, C]; table from cpb_bias
 
 One program computes one window from end to end: q, k and v of one head at a time, its attention, and its share of the
-projection's sums, so nothing but x and y touches memory. q and k get their lengths before they are rounded, and logits
-are summed on top of the biases. That is for windows of at most 64 tokens and few channels; for others linear,
+projection's sums, so nothing but x and y touches memory. q and k are one product, get their lengths before they are
+rounded, and logits are summed on top of the biases. That is for windows of at most 64 tokens and few channels; for others linear,
 window_attention and linear_norm_residual.
 Definition: reference.ops.attention_block. Source: as window_attention.
 """
@@ -72,26 +72,29 @@ def _attention_block_kernel(
 
     acc = zeros(SLOTS, TILE, COUNT)
     d = tl.arange(0, BLOCK_D)
+    two = tl.arange(0, 2 * BLOCK_D)
+    # rows of the weights for q and k of the first head, past their end where a head has no such channel
+    qk_rows = tl.where(two % BLOCK_D < HEAD_DIM, two // BLOCK_D * C + two % BLOCK_D, 3 * C)
     dtype: tl.constexpr = qkv_weight.dtype.element_ty
+    WHOLE: tl.constexpr = HEAD_DIM == BLOCK_D and TILE * COUNT == C
     for head in range(0, HEADS):
-        channel = head * HEAD_DIM
-        q = _project(tiles, qkv_weight + channel * C, qkv_bias + channel, HEAD_DIM, BLOCK_D, C, TILE, COUNT, PRECISION)
+        first = head * HEAD_DIM
+        qk = _project(tiles, qkv_weight, qkv_bias, first + qk_rows, C, TILE, COUNT, PRECISION, WHOLE)
+        q, k = tl.split(tl.permute(tl.reshape(qk, (SLOTS, 2, BLOCK_D)), (0, 2, 1)))
         q *= (reciprocal_length(q) * softmax_scale(tl.load(logit_scale + head)))[:, None]
-        channel += C
-        k = _project(tiles, qkv_weight + channel * C, qkv_bias + channel, HEAD_DIM, BLOCK_D, C, TILE, COUNT, PRECISION)
         k *= reciprocal_length(k)[:, None]
         bias = tl.load(table + head * (SLOTS * SLOTS)).to(tl.float32)
         logits = dot(q.to(dtype), tl.trans(k.to(dtype)), bias, PRECISION)
         p = tl.exp2(logits - tl.max(logits, axis=1)[:, None])
-        channel += C  # v comes after the softmax, where it takes the shared memory of k
-        v = _project(tiles, qkv_weight + channel * C, qkv_bias + channel, HEAD_DIM, BLOCK_D, C, TILE, COUNT, PRECISION)
+        # v comes after the softmax, where it takes the shared memory of k; channels past the head's meet zeros below
+        v = _project(tiles, qkv_weight, qkv_bias, first + 2 * C + d, C, TILE, COUNT, PRECISION, WHOLE)
         attended = dot(p.to(dtype), v.to(dtype), tl.zeros((SLOTS, BLOCK_D), tl.float32), PRECISION)
         attended = (attended * (1.0 / tl.sum(p, axis=1))[:, None]).to(dtype)
         summed = ()
         for t in tl.static_range(COUNT):
             column = t * TILE + tl.arange(0, TILE)
-            pointers = proj_weight + column[None, :] * C + (head * HEAD_DIM + d)[:, None]
-            if HEAD_DIM == BLOCK_D and TILE * COUNT == C:
+            pointers = proj_weight + column[None, :] * C + (first + d)[:, None]
+            if WHOLE:
                 w = tl.load(pointers)
             else:
                 w = tl.load(pointers, mask=(column < C)[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
@@ -105,17 +108,16 @@ def _attention_block_kernel(
 
 @triton.jit
 def _project(
-    tiles, weight, bias, N: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
-    COUNT: tl.constexpr, PRECISION: tl.constexpr,
+    tiles, weight, bias, n, C: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One head's q, k or v of the window, in float32; channels beyond the head are zero."""
-    d = tl.arange(0, BLOCK_D)
-    acc = tl.zeros((tiles[0].shape[0], BLOCK_D), tl.float32)
+    """The rows n of the weights [3C, C] applied to the window, in float32; zero for rows past the last."""
+    acc = tl.zeros((tiles[0].shape[0], n.shape[0]), tl.float32)
     for t in tl.static_range(COUNT):
         column = t * TILE + tl.arange(0, TILE)
-        w = load_transposed(weight, d, column, N, C, N == BLOCK_D and TILE * COUNT == C)
+        w = load_transposed(weight, n, column, 3 * C, C, WHOLE)
         acc = dot(tiles[t].to(w.dtype), w, acc, PRECISION)
-    return acc + tl.load(bias + d, mask=d < N, other=0.0).to(tl.float32)[None, :]
+    return acc + tl.load(bias + n, mask=n < 3 * C, other=0.0).to(tl.float32)[None, :]
 
 
 def slots(window_size: tuple[int, int]) -> int:
