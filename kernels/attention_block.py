@@ -4,8 +4,8 @@
 
 One program computes one window from end to end: q, k and v of one head at a time, its attention, and its share of the
 projection's sums, so nothing but x and y touches memory. q and k are one product, get their lengths before they are
-rounded, and logits are summed on top of the biases. That is for windows of at most 64 tokens and few channels; for others linear,
-window_attention and linear_norm_residual.
+rounded, and logits are summed on top of the biases. That is for windows of at most 64 tokens and few channels; for
+others linear, window_attention and linear_norm_residual.
 Definition: reference.ops.attention_block. Source: as window_attention.
 """
 

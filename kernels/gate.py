@@ -33,7 +33,7 @@ DERIVED = {
 }  # fmt: skip
 TENSOR_MEMORY = 512  # columns
 WAIT = "griddepcontrol.wait"  # for the kernel before an overlapped one
-ACCESS = re.compile(r"\b(?:ld|st|cp|red|atom|prefetch)\.[\w.:]*global")
+ACCESS = re.compile(r"\b(?:ld|st|cp|red|atom)\.[\w.:]*global")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
