@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from .backends import CHOICES
 from .benchmark import describe_device, randomise
 from .engines import Engine, WrongAnswer, compiled_engine, eager_engine, image_shape, measure, swinfast_engine
 from .exit_codes import INTERRUPTED, OK, SOME_FAILED
+from .files import check_writable
 from .info import info
 from .measurements import COLUMNS, DTYPES, append, check_header, rows_of
 from .models import CONFIG_FILE, create_model
@@ -224,13 +224,9 @@ def _check_files(options: argparse.Namespace) -> None:
     """Complain about what can't be written before anything is measured."""
     if options.plot:
         plots.check_file(options.plot)
-    for file in filter(None, (options.json, options.csv, options.plot)):
-        if not file.parent.is_dir():
-            raise ValueError(f"there is no folder {file.parent} for {file.name}")
-        if file.is_dir():
-            raise IsADirectoryError(f"{file} is a folder")
-        if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise PermissionError(f"{file} can't be written")
+    for name, file in (("--json", options.json), ("--csv", options.csv), ("--plot", options.plot)):
+        if file:
+            check_writable(name, file, in_place=True)
     if options.csv and options.csv.exists():
         check_header(options.csv)
 

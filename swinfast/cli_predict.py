@@ -18,9 +18,10 @@ from tqdm import tqdm
 from .backends import CHOICES
 from .batch.decode import usable_cores
 from .batch.formats import check_ending
-from .batch.parts import Parts, check_output
+from .batch.parts import Parts
 from .batch.sources import Images
 from .exit_codes import INTERRUPTED, OK, SOME_FAILED
+from .files import check_writable
 from .labels import LABEL_TYPES, imagenet_labels
 from .measurements import DTYPES
 from .models import CONFIG_FILE, create_model
@@ -139,7 +140,7 @@ def _run(options: argparse.Namespace, kind: type[Pipeline], make: Callable[..., 
         options.usage_error("give a PATH, or --files-from")
     if options.output is not None:  # what can't be written is said before anything is loaded
         check_ending(Path(options.output), kind.endings)
-        check_output(Path(options.output))
+        check_writable("output", Path(options.output))
     with _regular(options.files_from) as files_from:
         images = Images(tuple(options.paths), files_from, options.members, options.image_column, options.output)
         return _run_over(images, options, make)

@@ -17,6 +17,7 @@ from helpers import names_in, randomise, read_csv, write_image
 from safetensors.torch import save_file
 
 import swinfast
+from swinfast import files
 from swinfast.cli import main
 
 COLUMNS = [f"top{rank}_{key}" for rank in range(1, 11) for key in ("index", "label", "prob")]
@@ -169,13 +170,22 @@ def test_wrong_config(command, photos, tmp_path, model_folder, capsys, entries, 
     assert line.startswith(f"swinfast: error: {file} has {said}")
 
 
-@pytest.mark.parametrize("output", ["nowhere/out.csv", "folder.csv", "folder.jsonl"])
-def test_unwritable_output(predict, photos, tmp_path, no_model, capsys, output):
+@pytest.mark.parametrize(
+    "output, said",
+    [
+        ("nowhere/out.csv", "output must be in a folder that exists, got {}"),
+        ("folder.csv", "output must be a file, got the folder {}"),
+        ("closed/out.csv", "output must be a file that can be written, got {}: no right to write to {.parent}"),
+    ],
+)
+def test_unwritable_output(predict, photos, tmp_path, no_model, monkeypatch, capsys, output, said):
     """It is said before any work."""
-    for folder in ("folder.csv", "folder.jsonl"):
-        (tmp_path / folder).mkdir()
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "out.csv").touch()  # which is no file to write to: it is replaced, in its folder
+    monkeypatch.setattr(files.os, "access", lambda path, mode: path != tmp_path / "closed")
     assert predict(photos, "--output", tmp_path / output) == 2
-    assert str(tmp_path / output) in capsys.readouterr().err
+    assert f"swinfast: error: {said.format(*[tmp_path / output] * 2)}\n" in capsys.readouterr().err
 
 
 def test_older_output_survives_a_model_that_does_not_load(predict, photos, tmp_path):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from swinfast.kernels import launch
 
 import swinfast
-from swinfast import cli_bench, engines, info, plots
+from swinfast import cli_bench, engines, files, info, plots
 from swinfast.cli import main
 from swinfast.engines import Engine
 from swinfast.measurements import COLUMNS
@@ -195,23 +195,27 @@ def test_unusable(bench, capsys, tmp_path, monkeypatch):
     for folder in ("folder", "folder.png", "closed"):
         (tmp_path / folder).mkdir()
     (tmp_path / "kept.csv").touch()
+    (tmp_path / "closed" / "open.json").touch()
     unwritable = (tmp_path / "closed", tmp_path / "kept.csv")
-    monkeypatch.setattr(cli_bench.os, "access", lambda path, mode: path not in unwritable)
+    monkeypatch.setattr(files.os, "access", lambda path, mode: path not in unwritable)
+    closed = f"{tmp_path / 'closed/r.json'}: no right to write to {tmp_path / 'closed'}"
+    kept = f"{tmp_path / 'kept.csv'}: no right to write to {tmp_path / 'kept.csv'}"
     for arguments, said in (
         (["--csv", tmp_path / "old.csv"], "old.csv is no table to add to"),
-        (["--json", tmp_path / "none/r.json"], f"there is no folder {tmp_path / 'none'} for r.json"),
         (["--plot", tmp_path / "p.xyz"], "a plot must end in one of "),
-        (["--json", tmp_path / "folder"], f"{tmp_path / 'folder'} is a folder"),
-        (["--csv", tmp_path / "folder"], f"{tmp_path / 'folder'} is a folder"),
-        (["--plot", tmp_path / "folder.png"], f"{tmp_path / 'folder.png'} is a folder"),
-        (["--json", tmp_path / "closed/r.json"], f"{tmp_path / 'closed/r.json'} can't be written"),
-        (["--csv", tmp_path / "kept.csv"], f"{tmp_path / 'kept.csv'} can't be written"),
+        (["--json", tmp_path / "none/r"], f"--json must be in a folder that exists, got {tmp_path / 'none/r'}"),
+        (["--json", tmp_path / "folder"], f"--json must be a file, got the folder {tmp_path / 'folder'}"),
+        (["--csv", tmp_path / "folder"], f"--csv must be a file, got the folder {tmp_path / 'folder'}"),
+        (["--plot", tmp_path / "folder.png"], f"--plot must be a file, got the folder {tmp_path / 'folder.png'}"),
+        (["--json", tmp_path / "closed/r.json"], f"--json must be a file that can be written, got {closed}"),
+        (["--csv", tmp_path / "kept.csv"], f"--csv must be a file that can be written, got {kept}"),
         (["--device", "tpu"], "tpu"),
         (["--checkpoint", tmp_path / "none.safetensors"], "none.safetensors"),
     ):
         assert bench(*arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("swinfast: error: ") and said in error
+    files.check_writable("--json", tmp_path / "closed/open.json", in_place=True)  # which is written to where it lies
     assert main(["bench", "no_such_model"]) == 2
     assert "swinfast: error: unknown model 'no_such_model'" in capsys.readouterr().err
 

@@ -247,16 +247,6 @@ def _totals(content: dict[str, Any], file: Path) -> Totals:
         raise ResumeError(f"{file} has no totals of a finished run; start anew without resuming") from error
 
 
-def check_output(output: Path) -> None:
-    """Find out before any work that an output can't be written; OSError if so."""
-    if output.is_dir():
-        raise IsADirectoryError(f"output {output} is a folder")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"the folder of output {output} does not exist")
-    if not os.access(output.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"the folder of output {output} can't be written to")
-
-
 def next_digest(whole: str, part: str) -> str:
     """The digest of a whole run, one part further."""
     return blake2b((whole + part).encode(), digest_size=16).hexdigest()

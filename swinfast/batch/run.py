@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..files import check_writable
 from .compute import Waits
 from .engine import Division
 from .formats import check_ending
-from .parts import Parts, Totals, check_output
+from .parts import Parts, Totals
 from .processes import work_on
 from .share import Job, Share, Watch, work
 from .sources import Images
@@ -86,7 +87,7 @@ def write(
     if part_size is not None and part_size < 1:
         raise ValueError(f"part_size must be at least 1, got {part_size}")
     check_ending(output, pipeline.endings)
-    check_output(output)
+    check_writable("output", output)
     images = replace(images, output=str(output))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
