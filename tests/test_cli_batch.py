@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import swinfast
+from swinfast.batch.sources import Images
 from swinfast.cli import main
 
 
@@ -166,6 +167,14 @@ def test_output_among_the_inputs(predict, photos, tmp_path, monkeypatch, capsys)
         assert predict(".", "--output", "out.parquet", *options) == 0
     assert predict("a.png", "out.parquet", "--output", "out.parquet") == 2
     assert "error: out.parquet is written by this run" in capsys.readouterr().err
+
+
+def test_paths_are_checked_once(predict, photos, tmp_path, monkeypatch):
+    """A shell may give a hundred thousand of them."""
+    seen, is_written = [], Images._is_written
+    monkeypatch.setattr(Images, "_is_written", lambda images, path: seen.append(path) or is_written(images, path))
+    assert predict(*names_in(photos), "--output", f"{tmp_path}/./out.csv") == 0
+    assert seen == names_in(photos)
 
 
 def test_progress_on_a_terminal(predict, photos, tmp_path, monkeypatch):

@@ -88,7 +88,8 @@ def write(
         raise ValueError(f"part_size must be at least 1, got {part_size}")
     check_ending(output, pipeline.endings)
     check_writable("output", output)
-    images = replace(images, output=str(output))
+    if images.output is None or Path(images.output) != output:  # else all paths were checked against it already
+        images = replace(images, output=str(output))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         if devices:
