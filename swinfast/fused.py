@@ -35,7 +35,7 @@ class Settings:
         image_scale: Mean and std for uint8 images.
         plan: How the module runs.
         failure: How Triton failed at the module, None where it has not.
-        unchecked: Whether Triton's first answer is to be checked.
+        unchecked: Whether Triton's next answer is to be checked; until it was, no CUDA graph is made.
     """
 
     def __init__(self, backend: str, cuda_graphs: bool | str = "auto", image_scale: ImageScale | None = None):
@@ -121,10 +121,8 @@ class FusedComputation(Fused):
             return self.compute(plan, x)
         try:
             out = self.compute(plan, x)
-            problem = None
-            if self._swinfast.unchecked:
-                self._swinfast.unchecked = False
-                problem = self_check(self, self._prepare(plan.spec, x))
+            due = self._swinfast.unchecked and not graphs.is_capturing(x.device)  # where nothing is computed now
+            problem = self_check(self, self._prepare(plan.spec, x)) if due else None
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -225,7 +223,7 @@ class FusedStage(FusedComputation):
     """Patch merging and the blocks of one stage, [B, C, H, W] in and out."""
 
     def fused_forward(self, plan, x):
-        if not graphs.may_run(self._swinfast.cuda_graphs, plan, x):
+        if self._swinfast.unchecked or not graphs.may_run(self._swinfast.cuda_graphs, plan, x):
             return super().fused_forward(plan, x)
         kind = _kind(x)
         return plan.graphs.run(
@@ -320,7 +318,7 @@ class FusedStages(Fused):
         return x
 
     def fused_forward(self, plan: SequencePlan, x: Tensor) -> Tensor:
-        if graphs.may_run(self._swinfast.cuda_graphs, plan, x):
+        if not self._is_unchecked() and graphs.may_run(self._swinfast.cuda_graphs, plan, x):
             kind = _kind(x)
             return plan.graphs.run(
                 x,
@@ -333,13 +331,16 @@ class FusedStages(Fused):
             return self._one_by_one(plan, x)
         return _in_parts(partial(self._at_once, plan), x)
 
+    def _is_unchecked(self) -> bool:
+        return any(stage._swinfast.unchecked for stage in self)
+
     def _at_once(self, plan: SequencePlan, x: Tensor) -> Tensor:
         """Stages that free their inputs, where one by one each keeps its own for a fallback.
 
         Where something fails the stages run again, one by one: that finds the one to blame, and what it falls back to.
         """
         fit = all(one.backend is not None and one.backend.may_fail for one in plan.plans)
-        if fit and not any(stage._swinfast.unchecked for stage in self):
+        if fit and not self._is_unchecked():
             kind = _kind(x)
             try:
                 return self._compute(plan, self._tables(plan, kind), x)

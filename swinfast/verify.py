@@ -14,6 +14,7 @@ from torch import Tensor, nn
 # nearly exact, relative to the size of the outputs. Twice the noise measured on whole models, see docs/numerics.md.
 ABSOLUTE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 2e-4}
 FACTOR = 2.0
+NOTHING = "nothing finite to compare"
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _compare(fast: list[Tensor], plain: Sequence[list[Tensor]], oracle: list[Ten
         if not torch.equal(got.isfinite(), finite):
             return f"{place}NaN or infinity where the oracle has none, or the other way round"
         if finite.numel() and not finite.any():
-            return f"{place}nothing finite to compare"
+            return f"{place}{NOTHING}"
         error, allowed = _errors([got], [true]), _worst(*(_errors([output], [true]) for output in base))
         for name, absolute in (("relative_rms", ABSOLUTE[dtype]), ("relative_max", 8 * ABSOLUTE[dtype])):
             bar = FACTOR * getattr(allowed, name) + absolute

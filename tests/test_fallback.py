@@ -8,7 +8,7 @@ import torch
 from helpers import SMALL, make, random_images, relative_rms
 
 import swinfast
-from swinfast import triton_backend
+from swinfast import graphs, triton_backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = SMALL | {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "num_heads": (1, 2)}
@@ -88,7 +88,7 @@ def test_in_grad_mode(model, auto, monkeypatch):
     failing(monkeypatch, RuntimeError("ptxas"))
     results = []
     for either in (model, swinfast.optimize(model)):
-        x = IMAGES.to(DEVICE).requires_grad_()
+        x = IMAGES.to(DEVICE, copy=True).requires_grad_()
         results.append(torch.autograd.grad(either(x).square().sum(), x)[0])
     assert relative_rms(results[1], results[0]) <= 1e-4
 
@@ -153,14 +153,15 @@ def self_check(monkeypatch):
     monkeypatch.setenv("SWINFAST_SELF_CHECK", "1")
 
 
-def test_a_self_check_that_passes(model, auto, self_check):
-    fast = swinfast.optimize(model)
+def test_a_self_check_that_passes(model, auto, self_check, captures):
+    fast = swinfast.optimize(model, cuda_graphs=True)
     seen = []
     fast.stages[0].register_forward_hook(lambda module, args, output: seen.append(output))
-    for _ in range(2):
+    for _ in range(3):
         fast(IMAGES.to(DEVICE))
     assert all(detail.startswith("Triton, ") for detail in details(fast))
-    assert len(seen) == 2  # the check's own calls call no hooks
+    assert len(seen) == 3  # the check's own calls call no hooks
+    assert captures.captured == 2  # once a stage, of what was checked
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -175,10 +176,26 @@ def test_a_self_check_that_fails(model, auto, monkeypatch, checked):
     assert all(expected in detail for detail in details(fast))
 
 
-def test_a_self_check_of_nothing_finite(model, auto, self_check):
-    fast = swinfast.optimize(model)
-    assert fast((IMAGES * torch.nan).to(DEVICE)).isnan().all()
+def test_a_self_check_waits_for_something_finite(model, auto, monkeypatch, self_check, captures):
+    """An answer that can't be judged does not use it up, and no graph is made of what is not checked."""
+    stage, images = triton_backend.stage, IMAGES.to(DEVICE)
+    monkeypatch.setattr(triton_backend, "stage", lambda *args: stage(*args) * 1.001)
+    fast = swinfast.optimize(model, cuda_graphs=True)
+    spoilt = images.clone()
+    spoilt[:, 0, 0, 0] = torch.nan  # which the blocks spread over the whole map
+    for nothing in (images * torch.nan, spoilt, spoilt, images[:0]):
+        assert fast(nothing).isnan().all()
+        fast.stages[0](model.patch_embed(nothing * torch.nan))
     assert all(detail.startswith("Triton, ") for detail in details(fast))
+    assert captures.captured == 0
+    with monkeypatch.context() as patch:  # nor is what only a capture has recorded
+        patch.setattr(graphs, "is_capturing", lambda device: True)
+        fast(images)
+    assert all(detail.startswith("Triton, ") for detail in details(fast))
+    half = images.clone()
+    half[0] = torch.nan
+    assert relative_rms(fast(half)[1], model(half)[1]) <= 1e-5
+    assert all("self-check: relative RMS error" in detail for detail in details(fast))
 
 
 def test_a_self_check_of_the_patch_embedding(model, auto, monkeypatch, self_check):
