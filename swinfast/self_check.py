@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import HOOKS
-from .autocast import without_autocast
 from .verify import NOTHING, Verification, verify
 
 
@@ -42,6 +41,6 @@ def _judged(module: nn.Module, x: Tensor) -> Verification | None:
     for twin in (fast, plain):
         for hooks in HOOKS:  # they are not to see this
             getattr(twin, hooks).clear()
-    with torch.inference_mode(False), without_autocast(x.device):
+    with torch.inference_mode(False):
         outcome = verify(plain, fast, x[image : image + 1].clone())
     return None if outcome.reason == NOTHING else outcome

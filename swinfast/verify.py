@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .autocast import autocast_dtype, without_autocast
+
 # Beside twice the error of the plain computation: what a fused kernel may be off where plain PyTorch happens to be
 # nearly exact, relative to the size of the outputs. Twice the noise measured on whole models, see docs/numerics.md.
 ABSOLUTE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 2e-4}
@@ -63,6 +65,8 @@ def verify(model: nn.Module, fast: nn.Module, images: Tensor) -> Verification:
     nothing else in an output, nothing could be compared, and that fails. A plain model can be right by luck: its errors
     are the larger ones of two runs, of which the second sees its images changed by no more than their dtype's rounding.
 
+    In an autocast region both models run in it, and are judged as what it makes of them: computations in its dtype.
+
     Args:
         model: The plain model. It returns a tensor, or a sequence or mapping of tensors.
         fast: The optimised one, of any dtype, on the device of images.
@@ -80,14 +84,17 @@ def verify(model: nn.Module, fast: nn.Module, images: Tensor) -> Verification:
     if model.state_dict().keys() != fast.state_dict().keys():
         raise ValueError("model and fast have different parameters: fast must be made from model by swinfast.optimize")
     parameter = next(fast.parameters())
-    dtype = parameter.dtype
-    images = images.to(parameter.device, dtype)
+    device, stored = parameter.device, parameter.dtype
+    region = autocast_dtype(device)
+    dtype = stored if region is None or stored == torch.float64 else region  # which autocast leaves alone
+    images = images.to(device, stored)
     with torch.no_grad(), tf32_as_in_products():
-        plain = copy.deepcopy(model).to(parameter.device, dtype).eval()
-        plain_out, nudged_out = _outputs(plain(images)), _outputs(plain(_nudge(images)))
-        oracle = _outputs(plain.double()(images.double()))
+        plain = copy.deepcopy(model).to(device, stored).eval()
+        plain_out, nudged_out = _outputs(plain(images)), _outputs(plain(_nudge(images, dtype)))
+        with without_autocast(device):
+            oracle = _outputs(plain.double()(images.double()))
         fast_out = _outputs(fast(images))
-    reason = _compare(fast_out, (plain_out, nudged_out), oracle, dtype)
+    reason = _compare(fast_out, (plain_out, nudged_out), oracle, stored, dtype)
     agreement = None
     if len(oracle) == 1 and oracle[0].dim() == 2 and oracle[0].numel():
         agreement = (fast_out[0].argmax(-1) == plain_out[0].argmax(-1)).double().mean().item()
@@ -132,19 +139,21 @@ def _outputs(output: Any) -> list[Tensor]:
     )
 
 
-def _nudge(images: Tensor) -> Tensor:
-    """Images changed by one rounding, up or down at random."""
+def _nudge(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images changed by one rounding to a dtype, up or down at random."""
     signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1
-    return images * (1 + torch.finfo(images.dtype).eps * signs.to(images))
+    return images * (1 + torch.finfo(dtype).eps * signs.to(images))
 
 
-def _compare(fast: list[Tensor], plain: Sequence[list[Tensor]], oracle: list[Tensor], dtype: torch.dtype) -> str:
-    """Why the outputs fail the policy, "" where they pass."""
+def _compare(
+    fast: list[Tensor], plain: Sequence[list[Tensor]], oracle: list[Tensor], stored: torch.dtype, dtype: torch.dtype
+) -> str:
+    """Why the outputs fail the policy, "" where they pass; stored is the dtype of the weights, dtype of products."""
     for index, (got, true, *base) in enumerate(zip(fast, oracle, *plain, strict=True)):
         place = f"output {index}: " if len(oracle) > 1 else ""
         if got.shape != true.shape:
             return f"{place}shape {tuple(got.shape)}, expected {tuple(true.shape)}"
-        finite = true.to(dtype).isfinite()
+        finite = true.to(stored).isfinite()
         if not torch.equal(got.isfinite(), finite):
             return f"{place}NaN or infinity where the oracle has none, or the other way round"
         if finite.numel() and not finite.any():

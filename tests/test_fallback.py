@@ -198,6 +198,22 @@ def test_a_self_check_waits_for_something_finite(model, auto, monkeypatch, self_
     assert all("self-check: relative RMS error" in detail for detail in details(fast))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [1, 1.1], ids=["right", "wrong"])
+def test_a_self_check_under_autocast(model, auto, monkeypatch, self_check, dtype, factor):
+    """It is of the products that are computed, and by their rounding."""
+    stage = triton_backend.stage
+
+    def in_16_bits(spec, tables, x):
+        return stage(spec, tables, x) * (factor if tables.blocks[0].qkv.weight.dtype == dtype else 1)
+
+    monkeypatch.setattr(triton_backend, "stage", in_16_bits)
+    fast = swinfast.optimize(model)
+    with torch.autocast(DEVICE.type, dtype):
+        fast(IMAGES.to(DEVICE))
+    assert all(("self-check" in detail) == (factor != 1) for detail in details(fast))
+
+
 def test_a_self_check_of_the_patch_embedding(model, auto, monkeypatch, self_check):
     embed = triton_backend.patch_embed
     monkeypatch.setattr(triton_backend, "patch_embed", lambda *args: embed(*args) + 1e-3)

@@ -109,6 +109,18 @@ def test_a_wrong_kernel_fails(model, monkeypatch, name):
     assert "error" in outcome.reason
 
 
+def test_under_autocast(model, monkeypatch):
+    """Both run in the region, and its dtype is the measure."""
+    with torch.autocast("cpu", torch.bfloat16):
+        outcome = swinfast.verify(model, swinfast.optimize(model), IMAGES)
+        assert outcome.passed and outcome.dtype == torch.bfloat16
+        assert 1e-3 < outcome.fast.relative_rms < 2 * outcome.plain.relative_rms
+        exact = swinfast.optimize(model, dtype=torch.float64)  # which autocast leaves alone
+        assert swinfast.verify(model, exact, IMAGES).dtype == torch.float64
+        MUTANTS["no bias"](monkeypatch)
+        assert not swinfast.verify(model, swinfast.optimize(model), IMAGES).passed
+
+
 def test_merging_in_another_channel_order_fails(model, monkeypatch):
     monkeypatch.setattr(torch_backend.window_order, "merge", swapped_merging(torch_backend.window_order.merge))
     assert not swinfast.verify(model, swinfast.optimize(model), IMAGES).passed
