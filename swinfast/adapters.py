@@ -126,7 +126,7 @@ def _check_stage(module: nn.Module) -> Iterator[str]:
         prefix = f"blocks.{index}."
         known = "SwinTransformerV2CrBlock"
         if not _is_a(known, type(block), class_of(module)):
-            yield f"{prefix[:-1]} is a {_other_name(block, known)}, expected {known}"
+            yield _unexpected(prefix[:-1], type(block), known, class_of(module))
         yield from _check_block(block, prefix)
     yield from _check_insides(module)
 
@@ -171,7 +171,7 @@ def _check_children(module: nn.Module, prefix: str, expected: dict) -> Iterator[
             isinstance(t, str) and _is_a(t, type(child), class_of(module)) for t in types
         ):
             known = " or ".join(t if isinstance(t, str) else t.__name__ for t in types if t is not None)
-            yield f"{prefix}{name} is a {_other_name(child, known)}, expected {known}"
+            yield _unexpected(prefix + name, type(child), known, class_of(module))
 
 
 @_constant
@@ -181,9 +181,25 @@ def _is_a(name: str, child: type, parent: type) -> bool:
     return child.__name__ == name and getattr(home, name, None) is child
 
 
-def _other_name(module: nn.Module, known: str) -> str:
-    cls = type(module)
-    return f"{cls.__module__}.{cls.__name__}" if cls.__name__ in known else cls.__name__
+def _unexpected(name: str, cls: type, known: str, parent: type) -> str:
+    """Why a module of a class is none of the known ones, which its parent may have in its own file."""
+    if cls.__name__ not in known:
+        return f"{name} is a {cls.__name__}, expected {known}"
+    if cls.__module__ == parent.__module__ and _was_defined_anew(cls):
+        return _defined_anew(name, cls)
+    return f"{name} is a {cls.__module__}.{cls.__name__}, expected {known}"
+
+
+def _defined_anew(name: str, cls: type) -> str:
+    return f"the class of {name} was defined anew: {cls.__module__} was loaded again after the model was made"
+
+
+@_constant
+def _was_defined_anew(cls: type) -> bool:
+    """Whether a class's file has another one in its place by now, as after importlib.reload."""
+    now = getattr(sys.modules.get(cls.__module__), cls.__qualname__, None)
+    alike = isinstance(now, type) and (now.__module__, now.__qualname__) == (cls.__module__, cls.__qualname__)
+    return alike and now is not cls
 
 
 def _check_insides(module: nn.Module) -> Iterator[str]:
@@ -212,7 +228,8 @@ def patches(module: nn.Module) -> Iterator[str]:
     for name, child in module.named_modules():
         cls = class_of(child)
         for method in _foreign_methods(cls):
-            yield f"the {method} method of {name or cls.__name__} is patched"
+            place = name or cls.__name__
+            yield _defined_anew(place, cls) if _was_defined_anew(cls) else f"the {method} method of {place} is patched"
         for method in methods(cls) if name else ():
             if method in child.__dict__:
                 yield f"the {method} method of {name} is patched"

@@ -1,5 +1,9 @@
 """What can't be replaced faithfully stays as it is and says so; wrong arguments get an error that says what to do."""
 
+import importlib
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from helpers import random_images, randomise, relative_rms, small_model_args
@@ -165,6 +169,48 @@ def test_a_patched_class_is_seen(model, monkeypatch, where, when):
         monkeypatch.undo()
         assert relative_rms(fast(IMAGES), untouched) <= 1e-9
     assert all(row.replaced for row in swinfast.report(fast).rows)
+
+
+@pytest.fixture
+def home(model):
+    """The module that the model's classes are from; what a test makes of it is undone."""
+    home = sys.modules[type(model).__module__]
+    before = dict(vars(home))
+    yield home
+    vars(home).clear()
+    vars(home).update(before)
+
+
+@pytest.mark.filterwarnings("ignore:Overwriting .* in registry")
+def test_a_module_that_was_loaded_again(model, home):
+    """As in a notebook: what it makes from then on is not what the model is made of."""
+    fast = swinfast.optimize(model.float())
+    importlib.reload(home)
+    fast.double()
+    rows = swinfast.report(fast).rows
+    said = f"was defined anew: {home.__name__} was loaded again after the model was made"
+    assert rows[1].detail == f"the class of blocks.0 {said}"
+    assert rows[3].detail == f"the class of downsample {said}"
+    with torch.no_grad():
+        assert relative_rms(fast(IMAGES), model.double()(IMAGES)) <= 1e-9
+
+
+def test_a_module_that_was_imported_again(model, home, monkeypatch):
+    """Its functions are others too, but nobody has patched them."""
+    again = ModuleType(home.__name__)
+    for cls in {type(module) for module in model.modules() if type(module).__module__ == home.__name__}:
+        setattr(again, cls.__name__, type(cls.__name__, (nn.Module,), {"__module__": home.__name__}))
+    monkeypatch.setitem(sys.modules, home.__name__, again)
+    (row, *_) = swinfast.report(swinfast.optimize(model)).rows
+    assert row.detail.startswith(f"the class of PatchEmbed was defined anew: {home.__name__} was loaded again")
+
+
+def test_a_class_that_was_put_in_place_of_another(model, home):
+    """That is no loading again: the class comes from elsewhere."""
+    name = "SwinTransformerV2CrBlock"
+    setattr(home, name, type(name, (getattr(home, name),), {"__module__": __name__}))
+    expected = f"blocks.0 is a {home.__name__}.{name}, expected {name}"
+    assert swinfast.report(swinfast.optimize(model)).rows[1].detail == expected
 
 
 def test_a_patched_stage_is_called(model):
