@@ -10,7 +10,8 @@ from torch import nn
 from . import graphs
 from .adapters import DTYPES, SUPPORTED, Adapter, adapter_of, class_of
 from .backends import check_choice
-from .fused import FUSED, Fused, FusedStage, FusedStages, ImageScale, Settings, fuse
+from .fused import FUSED, Fused, FusedStage, ImageScale, Settings, fuse
+from .sequence import FusedStages
 
 
 def optimize(
