@@ -11,6 +11,7 @@ status is 1 where anything failed or was cut short.
 import argparse
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,12 +35,17 @@ GPU = torch.cuda.is_available()
 PYTHON = (sys.executable, "-m")
 GRACE = 15.0  # seconds before the end of its time that a step's script is told to stop by itself
 LEAST = 0.05  # minutes that a step is started for
-LAST_WORDS = 15.0  # seconds that a process has to end after it was interrupted
+LAST_WORDS = 20.0  # seconds that a process has to end after it was interrupted
+PATIENCE = 150  # seconds for one test
 LARGEST_LOG = 12 << 20
 WIDEST = 150  # columns of the summary
 MODEL = "swinv2_cr_tiny_ns_224"
 EVERY_DTYPE = ("--dtypes", "float16", "bfloat16", "float32", "tf32")
-NAMING = ("-v", "-p", "no:cacheprovider", "-p", "no:benchmark", "-rfE", "--tb=short")
+NAMING = (  # tests as they end, and where those are that take long
+    "-v", "-p", "bench.gpu_tests", "-p", "no:cacheprovider", "-p", "no:benchmark", "-rfE", "--tb=short",
+    "--durations=10", "--durations-min=3", "-o", f"faulthandler_timeout={PATIENCE - 10}",
+)  # fmt: skip
+FAILED = re.compile(r"(\[gw\d+\] \[ *\d+%\] |tests/\S+ )(FAILED|ERROR)\b")  # a test, as it ends
 
 Command = Sequence[str]
 
@@ -100,24 +106,17 @@ def _sanitize(visit: Visit) -> list[Command]:
     return [(*script, "--compile"), *watched]
 
 
-def _kernel_tests(visit: Visit) -> list[Command]:
-    return _pytest(sorted(ROOT.glob("tests/kernels/test_*.py")))
-
-
-def _model_tests(visit: Visit) -> list[Command]:
-    """Equality with timm, graphs, export: files that have tests for a GPU."""
+def _tests(visit: Visit) -> list[Command]:
+    """Every kernel; and what has tests for a GPU: equality with timm, graphs, export."""
     files = [file for file in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in file.read_text(encoding="utf-8")]
-    return _pytest([ROOT / "tests/test_triton_backend.py", *files])
+    return _pytest([*sorted(ROOT.glob("tests/kernels/test_*.py")), ROOT / "tests/test_triton_backend.py", *files])
 
 
 def _pytest(files: Sequence[Path]) -> list[Command]:
-    """Tests in many processes where pytest-xdist is there; most of their time is compiling. Mutants are for CPUs.
-
-    Each is named as it ends, so that a run that is cut short has said which failed.
-    """
+    """Tests in many processes where pytest-xdist is there; most of their time is compiling. Mutants are for CPUs."""
     command = [*PYTHON, "pytest", *NAMING, "-k", "not mutant", "-m", "not slow"]
     if importlib.util.find_spec("pytest_timeout"):
-        command += ["--timeout", "150", "--timeout-method", "thread"]
+        command += ["--timeout", str(PATIENCE), "--timeout-method", "thread"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(_processes()), "--dist", "worksteal"]
     return [(*command, *(str(file.relative_to(ROOT)) for file in dict.fromkeys(files)))]
@@ -180,8 +179,7 @@ def _tune(visit: Visit) -> list[Command]:
 STEPS = {
     "environment": Step(0.06, _environment, 9),
     "check": Step(0.12, _check, 3),
-    "kernel-tests": Step(0.24, _kernel_tests, 4),
-    "model-tests": Step(0.14, _model_tests, 4),
+    "tests": Step(0.38, _tests, 10),
     "sanitize": Step(0.18, _sanitize, 3),
     "models": Step(0.16, _models, 9),
     "kernels": Step(0.08, _kernels, 4),
@@ -214,13 +212,16 @@ def run_step(name: str, step: Step, visit: Visit, log: Path) -> Outcome:
         stream.seek(start)
         text = stream.read().decode("utf-8", errors="replace")
     state = next((state for state in states if state != "ok"), "ok")
+    if state == "out of time" and (failed := len(set(filter(FAILED.match, text.splitlines())))):
+        state = f"out of time, {failed} failed"
     return Outcome(name, state, time.monotonic() - began, _end_of(text, step.lines))
 
 
 def _end_of(text: str, count: int) -> list[str]:
     """The last lines, and before them what went wrong, in as many lines."""
     lines = [line.rstrip()[:WIDEST] for line in text.splitlines() if line.strip() and not line.startswith("==== ")]
-    wrong = [line for line in lines[:-1] if line.startswith(("FAILED", "WRONG", "ERROR"))][: count - 1]
+    wrong = [line for line in lines[:-1] if line.startswith(("FAILED", "WRONG", "ERROR"))]
+    wrong = (wrong or [line for line in lines[:-1] if FAILED.match(line)])[: count - 1]
     return [*wrong, *lines[-(count - len(wrong)) :]]
 
 
@@ -233,7 +234,8 @@ def run_command(command: Command, deadline: float, log: Path) -> str:
         return "out of time"
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     if "pytest" in command:
-        environment["OMP_NUM_THREADS"] = "1"
+        environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        deadline -= LAST_WORDS  # in which it says what it found so far
     if "bench.sanitize" in command:
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     with log.open("ab") as out:
@@ -245,7 +247,7 @@ def run_command(command: Command, deadline: float, log: Path) -> str:
         try:
             status = process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # pytest then says what it found so far
+            process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(LAST_WORDS)
             return "out of time"

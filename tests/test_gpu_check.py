@@ -4,10 +4,11 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from bench import gpu_check, kernels, overhead, sanitize, tune
+from bench import gpu_check, gpu_tests, kernels, overhead, sanitize, tune
 from bench.gpu_check import STEPS, Missing, Step, Visit
 
 PARSERS = {
@@ -177,11 +178,54 @@ def test_options_that_a_script_has(options):
 
 
 def test_tests_for_a_gpu_are_found():
-    (command,) = STEPS["model-tests"].commands(Visit(Path(), 1.0))
+    (command,) = STEPS["tests"].commands(Visit(Path(), 1.0))
     assert {"tests/test_triton_backend.py", "tests/test_gpu.py"} <= set(command)
-    (command,) = STEPS["kernel-tests"].commands(Visit(Path(), 1.0))
     assert {"tests/kernels/test_window_attention.py", "tests/kernels/test_mlp_block.py"} <= set(command)
     assert "not mutant" in command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2])
+def test_tests_that_are_cut_short_have_said_what_failed(check, monkeypatch, tmp_path, processes):
+    """And why: a run that is killed writes no summary."""
+    if processes:
+        pytest.importorskip("xdist")
+    (tmp_path / "tests").mkdir()
+    file = tmp_path / "tests" / "test_one.py"
+    file.write_text(
+        "import time, signal\n"
+        "def test_wrong():\n    assert 1 + 1 == 3\n"
+        "def test_long():\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    time.sleep(60)\n"
+    )
+    command = [*gpu_check.PYTHON, "pytest", *gpu_check.NAMING, "-n", str(processes), str(file)]
+    command = command if processes else [word for word in command if word not in ("-n", "0")]
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    status, summary, log = check(minutes=0.5, tests=Step(1.0, lambda visit: [command], 3))
+    assert status == 1
+    assert "tests: out of time, 1 failed" in summary
+    assert "test_one.py::test_wrong" in summary
+    assert "WHY test_one.py::test_wrong (call)" in log.replace("tests/", "") and "assert (1 + 1) == 3" in log
+
+
+def test_a_lost_context_ends_a_worker(monkeypatch):
+    """The test that lost it is named; without workers the error itself tells."""
+
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    ended = []
+    monkeypatch.setattr(gpu_tests.torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(gpu_tests.torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(gpu_tests.os, "_exit", ended.append)
+    monkeypatch.setattr(gpu_tests.os, "write", lambda file, text: ended.append(text.decode()))
+    item = SimpleNamespace(nodeid="test_one.py::test_wrong", config=SimpleNamespace())
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        gpu_tests.pytest_runtest_teardown(item)
+    item.config.workerinput = {}
+    with pytest.raises(RuntimeError):  # that the stand-in for os._exit comes back
+        gpu_tests.pytest_runtest_teardown(item)
+    assert ended[1:] == [ended[0], 3] and "lost after test_one.py::test_wrong: CUDA error" in ended[0]
 
 
 def test_files_that_come_back(options):
