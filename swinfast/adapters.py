@@ -24,14 +24,17 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+WEIGHTED = (nn.Conv2d, nn.LayerNorm, nn.Linear)
 
-
-WEIGHTS = ("weight", "bias", "logit_scale")
 MODULE = frozenset(dir(nn.Module))
 
 
 def _constant(function: Callable) -> Callable:
-    """torch.compiler.assume_constant_result, which would import the compiler, and Triton with it."""
+    """torch.compiler.assume_constant_result, which would import the compiler, and Triton with it.
+
+    For what the class of a module answers. A compiled model guards the class already; whatever else is asked of it in
+    the graph would be one more guard, checked at every call.
+    """
     function._dynamo_marked_constant = True
     return function
 
@@ -66,12 +69,22 @@ def why_not(adapter: Adapter, module: nn.Module) -> str | None:
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The class of a module, or the one that it had before it was replaced."""
-    return getattr(type(module), "original", type(module))
+    return _original(type(module))
+
+
+@_constant
+def _original(cls: type[nn.Module]) -> type[nn.Module]:
+    return getattr(cls, "original", cls)
 
 
 def dropouts(module: nn.Module) -> list[nn.Module]:
     """What makes a module's answers random where it is in training mode, though the module may not be."""
-    return [m for m in module.modules() if isinstance(m, nn.Dropout) or type(m).__name__ == "DropPath"]
+    return [m for m in module.modules() if _is_dropout(type(m))]
+
+
+@_constant
+def _is_dropout(cls: type[nn.Module]) -> bool:
+    return issubclass(cls, nn.Dropout) or cls.__name__ == "DropPath"
 
 
 def _read_patch_embed(module: nn.Module) -> PatchEmbedSpec:
@@ -144,6 +157,8 @@ def _check_block(block: nn.Module, prefix: str) -> Iterator[str]:
         "qkv": nn.Linear, "attn_drop": dropout, "proj": nn.Linear, "proj_drop": dropout, "meta_mlp": "Mlp",
     }  # fmt: skip
     yield from _check_children(block.attn, prefix + "attn.", attn_children)
+    if "logit_scale" not in block.attn._parameters:
+        yield f"{prefix}attn.logit_scale is no parameter"
     for mlp, name, act in ((block.mlp, "mlp.", nn.GELU), (block.attn.meta_mlp, "attn.meta_mlp.", nn.ReLU)):
         mlp_children = {
             "fc1": nn.Linear, "act": act, "drop1": dropout, "norm": (nn.Identity, None), "fc2": nn.Linear,
@@ -210,8 +225,9 @@ def _check_insides(module: nn.Module) -> Iterator[str]:
             continue
         if any(getattr(child, hooks, None) for hooks in HOOKS):
             yield f"{name} has hooks"
-        for weight in WEIGHTS:
-            if getattr(child, weight, None) is not None and weight not in child._parameters:
+        for weight in ("weight", "bias") if isinstance(child, WEIGHTED) else ():
+            # in this order: that an attribute is missing is a slow guard, by way of Module.__getattr__
+            if weight not in child._parameters and getattr(child, weight, None) is not None:
                 yield f"{name}.{weight} is no parameter"
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():

@@ -98,6 +98,13 @@ def keep_a_weight_as_a_buffer(model):
     layer.register_buffer("weight", weight)
 
 
+def keep_a_scale_as_an_attribute(model):
+    attention = model.stages[1].blocks[0].attn
+    scale = attention.logit_scale.detach().clone()
+    del attention.logit_scale
+    attention.logit_scale = scale
+
+
 REFUSALS = {
     add_hook: "blocks.0.mlp has hooks",
     add_pre_hook: "blocks.1 has hooks",
@@ -112,10 +119,11 @@ REFUSALS = {
     subclass_a_block: "blocks.0 is a Scaled, expected SwinTransformerV2CrBlock",
     subclass_a_block_alike: f"blocks.0 is a {__name__}.SwinTransformerV2CrBlock, expected SwinTransformerV2CrBlock",
     keep_a_weight_as_a_buffer: "blocks.0.mlp.fc1.weight is no parameter",
+    keep_a_scale_as_an_attribute: "blocks.0.attn.logit_scale is no parameter",
 }
 
 
-UNCHANGED = (add_a_module, add_parametrization, keep_a_weight_as_a_buffer)  # answers
+UNCHANGED = (add_a_module, add_parametrization, keep_a_weight_as_a_buffer, keep_a_scale_as_an_attribute)  # answers
 
 
 @pytest.mark.parametrize("when", ["before", "after", "after a call"])

@@ -3,11 +3,13 @@
 The graph is checked without a code generator (aot_eager) everywhere, and with Inductor where a C++ compiler is found.
 """
 
+import re
 import shutil
 
 import pytest
 import torch
 from helpers import random_images, randomise, relative_rms, small_model_args
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import swinfast
@@ -73,6 +75,52 @@ def test_compile_sees_edited_weights(timm):
             block.mlp.fc1.weight.mul_(1.1)
         assert relative_rms(compiled(IMAGES), model(IMAGES)) <= 1e-9
         assert relative_rms(compiled(IMAGES), before) > 1e-4
+
+
+def keep_weights_as_buffers(model):
+    block = model.stages[0].blocks[1]
+    for module, name in ((block.mlp.fc2, "weight"), (block.attn, "logit_scale")):
+        weight = module.get_parameter(name).detach() * 1.5
+        delattr(module, name)
+        module.register_buffer(name, weight)
+
+
+def replace_a_layer(model):
+    model.stages[1].blocks[0].mlp.fc1 = torch.nn.Sequential(model.stages[1].blocks[0].mlp.fc1, torch.nn.Tanh())
+
+
+def change_eps(model):
+    model.stages[1].blocks[1].norm1.eps = 0.1
+
+
+def test_compile_sees_what_is_changed_after_a_call(timm):
+    model, fast = make(timm)
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        compiled(IMAGES)
+        for change in (keep_weights_as_buffers, replace_a_layer, change_eps):
+            before = model(IMAGES)
+            change(model)
+            change(fast)
+            assert relative_rms(model(IMAGES), before) > 1e-6
+            assert relative_rms(compiled(IMAGES), model(IMAGES)) <= 1e-9, change.__name__
+        fast.stages[0].blocks[0].attn.meta_mlp.drop1.train()
+        assert not torch.equal(compiled(IMAGES), compiled(IMAGES))
+
+
+def test_compiled_calls_check_few_guards(timm):
+    """Each is checked at every call, and the slowest say that a module has no attribute of a name."""
+    guards = []
+    for model in make(timm):
+        with torch.no_grad():
+            torch.compile(model, backend="eager")(IMAGES)
+        (entry,) = _debug_get_cache_entry_list(type(model).forward.__code__)
+        torch.compiler.reset()  # both share a forward
+        guards.append(re.findall(r"\+- (?!\w*Manager\b)(\w+)", str(entry.guard_manager)))
+    plain, fast = guards
+    assert len(plain) > 500
+    assert len(fast) <= 2 * len(plain)
+    assert fast.count("NO_HASATTR") <= plain.count("NO_HASATTR")
 
 
 def test_compile_with_gradients(timm):
