@@ -9,7 +9,6 @@ import shutil
 import pytest
 import torch
 from helpers import random_images, randomise, relative_rms, small_model_args
-from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import swinfast
@@ -110,6 +109,8 @@ def test_compile_sees_what_is_changed_after_a_call(timm):
 
 def test_compiled_calls_check_few_guards(timm):
     """Each is checked at every call, and the slowest say that a module has no attribute of a name."""
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list  # private, and for this alone
+
     guards = []
     for model in make(timm):
         with torch.no_grad():
