@@ -103,7 +103,8 @@ def _table_kernel(
     across_columns = (i_column >= WINDOW_W - SHIFT_W) != (j_column >= WINDOW_W - SHIFT_W)
     masked = (across_rows & (window_type % 2 == 1)) | (across_columns & (window_type // 2 == 1))
     bias = (bias + tl.where(masked, MASK_VALUE, 0.0)) * LOG2_E
-    bias = tl.minimum(tl.maximum(bias, -60000.0, propagate_nan=ALL), 60000.0, propagate_nan=ALL)
+    if out.dtype.element_ty == tl.float16:
+        bias = tl.minimum(tl.maximum(bias, -60000.0, propagate_nan=ALL), 60000.0, propagate_nan=ALL)
     bias = tl.where(i < TOKENS, bias, 0.0)
     bias = tl.where(j < TOKENS, bias, float("-inf"))
     row = (window_type * HEADS + head) * QUERIES + i

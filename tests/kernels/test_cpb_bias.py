@@ -89,6 +89,13 @@ def test_extremes():
     assert table[:, 2].isnan().all()
 
 
+def test_a_large_bias_in_float32():
+    """No number of float32 is cut to what float16 can hold."""
+    args = arguments(*CASES["shift"])
+    args["fc2_bias"][0] = 3e5
+    check(module.cpb_bias, reference, args, torch.float32)
+
+
 def test_nan_in_a_hidden_unit():
     """It reaches every bias, as through PyTorch's ReLU: on a GPU a maximum drops it unless told otherwise."""
     args = arguments(*CASES["shift"])
