@@ -129,7 +129,7 @@ class FusedComputation(Fused):
         """Compute without Triton, now and from now on; where PyTorch fails too, the input is at fault."""
         plan = Plan(self.adapter, self, self._swinfast.backend, problem)
         out = self.original_forward(x) if plan.backend is None else self.compute(plan, x)
-        self._swinfast.plan, self._swinfast.failure = plan, problem
+        self._swinfast.plan, self._swinfast.failure, self._swinfast.unchecked = plan, problem, False
         kind = self.adapter.kind
         warnings.warn(f"Triton failed, so a {kind} is computed without it from now on: {problem}", stacklevel=2)
         return out

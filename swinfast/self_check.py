@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import HOOKS
-from .verify import NOTHING, Verification, verify
+from .verify import NOTHING, OVERFLOW, Verification, verify
 
 
 def is_asked_for() -> bool:
@@ -18,10 +18,8 @@ def is_asked_for() -> bool:
 def self_check(module: nn.Module, x: Tensor) -> str | None:
     """Why the fused computation of a module is wrong for an image of its input, None where it is right, or where there
     is nothing finite to tell it by: then the next answer is checked."""
-    settings = module._swinfast
-    settings.unchecked = False  # also where the check itself fails
     outcome = _judged(module, x)
-    settings.unchecked = outcome is None
+    module._swinfast.unchecked = outcome is None
     return None if outcome is None or outcome.passed else f"self-check: {outcome.reason}"
 
 
@@ -43,4 +41,4 @@ def _judged(module: nn.Module, x: Tensor) -> Verification | None:
             getattr(twin, hooks).clear()
     with torch.inference_mode(False):
         outcome = verify(plain, fast, x[image : image + 1].clone())
-    return None if outcome.reason == NOTHING else outcome
+    return None if outcome.reason in (NOTHING, OVERFLOW) else outcome

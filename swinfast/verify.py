@@ -17,6 +17,7 @@ from .autocast import autocast_dtype, without_autocast
 ABSOLUTE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 2e-4}
 FACTOR = 2.0
 NOTHING = "nothing finite to compare"
+OVERFLOW = "NaN or infinity, in the plain model's answers too, where the oracle has none"
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,10 @@ def _outputs(output: Any) -> list[Tensor]:
 
 
 def _nudge(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images changed by one rounding to a dtype, up or down at random."""
+    """Images changed by one rounding to a dtype, or to their own if that is coarser, up or down at random."""
+    rounding = max(torch.finfo(dtype).eps, torch.finfo(images.dtype).eps)
     signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1
-    return images * (1 + torch.finfo(dtype).eps * signs.to(images))
+    return images * (1 + rounding * signs.to(images))
 
 
 def _compare(
@@ -155,6 +157,8 @@ def _compare(
             return f"{place}shape {tuple(got.shape)}, expected {tuple(true.shape)}"
         finite = true.to(stored).isfinite()
         if not torch.equal(got.isfinite(), finite):
+            if any(not torch.equal(output.isfinite(), finite) for output in base):
+                return f"{place}{OVERFLOW}"
             return f"{place}NaN or infinity where the oracle has none, or the other way round"
         if finite.numel() and not finite.any():
             return f"{place}{NOTHING}"

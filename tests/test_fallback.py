@@ -9,6 +9,7 @@ from helpers import SMALL, make, random_images, relative_rms
 
 import swinfast
 from swinfast import graphs, triton_backend
+from swinfast import self_check as self_check_module
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = SMALL | {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "num_heads": (1, 2)}
@@ -212,6 +213,39 @@ def test_a_self_check_under_autocast(model, auto, monkeypatch, self_check, dtype
     with torch.autocast(DEVICE.type, dtype):
         fast(IMAGES.to(DEVICE))
     assert all(("self-check" in detail) == (factor != 1) for detail in details(fast))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+def test_a_self_check_under_autocast_waits_where_the_plain_model_overflows(model, auto, self_check):
+    """That is no fault of Triton's; the next answer is checked."""
+    fast = swinfast.optimize(model)
+    images = IMAGES.to(DEVICE)
+    for either in (model, fast):
+        for stage in either.stages:
+            for block in stage.blocks:
+                block.mlp.fc1.weight.data.mul_(3e5)
+    swinfast.refresh(fast)
+    with torch.autocast(DEVICE.type, torch.float16):
+        assert not model(images).isfinite().all()
+        assert not fast(images).isfinite().all()
+    assert all(detail.startswith("Triton, ") for detail in details(fast))
+    assert all(stage._swinfast.unchecked for stage in fast.stages)
+
+
+def test_a_self_check_without_memory_is_made_up_for(model, auto, monkeypatch, self_check):
+    fast = swinfast.optimize(model)
+    stage = triton_backend.stage
+    monkeypatch.setattr(triton_backend, "stage", lambda *args: stage(*args) * 1.001)
+    with monkeypatch.context() as patch:
+
+        def out_of_memory(*args):
+            raise torch.OutOfMemoryError("no memory for a copy in float64")
+
+        patch.setattr(self_check_module, "verify", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            fast(IMAGES.to(DEVICE))
+    assert relative_rms(fast(IMAGES.to(DEVICE)), model(IMAGES.to(DEVICE))) <= 1e-5
+    assert all("self-check: relative RMS error" in detail for detail in details(fast)[-2:])
 
 
 def test_a_self_check_of_the_patch_embedding(model, auto, monkeypatch, self_check):

@@ -11,6 +11,7 @@ from torch import nn
 
 import swinfast
 from swinfast import cpu_attention, torch_backend
+from swinfast.verify import _nudge
 
 IMAGES = random_images(4, 3, 64, 64)
 
@@ -119,6 +120,13 @@ def test_under_autocast(model, monkeypatch):
         assert swinfast.verify(model, exact, IMAGES).dtype == torch.float64
         MUTANTS["no bias"](monkeypatch)
         assert not swinfast.verify(model, swinfast.optimize(model), IMAGES).passed
+
+
+@pytest.mark.parametrize("images", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_second_run_sees_other_images(images):
+    """Also where their own dtype is coarser than the one under test."""
+    x = IMAGES.to(images)
+    assert (_nudge(x, torch.float16) != x).double().mean() > 0.9
 
 
 def test_merging_in_another_channel_order_fails(model, monkeypatch):
