@@ -45,7 +45,7 @@ NAMING = (  # tests as they end, and where those are that take long
     "-v", "-p", "bench.gpu_tests", "-p", "no:cacheprovider", "-p", "no:benchmark", "-rfE", "--tb=short",
     "--durations=10", "--durations-min=3", "-o", f"faulthandler_timeout={PATIENCE - 10}",
 )  # fmt: skip
-FAILED = re.compile(r"(\[gw\d+\] \[ *\d+%\] |tests/\S+ )(FAILED|ERROR)\b")  # a test, as it ends
+FAILED = re.compile(r"(\[gw\d+\] \[ *\d+%\] |tests/.+? )(FAILED|ERROR)\b")  # a test, as it ends
 
 Command = Sequence[str]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 LINES = 12  # of a traceback
+LOG = os.dup(2)  # as it is before pytest captures what tests write to it
 
 
 class Reasons:
@@ -30,13 +31,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Reasons(config))
 
 
+@pytest.hookimpl(trylast=True)  # after the test's own
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     if not torch.cuda.is_initialized():
         return
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        os.write(2, f"\nthe CUDA context is lost after {item.nodeid}: {error}\n".encode())
+        lost = f"the CUDA context is lost after {item.nodeid}: {error}"
+        os.write(LOG, f"\n{lost}\n".encode())
         if hasattr(item.config, "workerinput"):
             os._exit(3)
-        raise
+        pytest.exit(lost, returncode=3)

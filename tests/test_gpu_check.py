@@ -1,14 +1,14 @@
 """The script for a first visit to a GPU, tried without one, on steps that stand in for its own."""
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from bench import gpu_check, gpu_tests, kernels, overhead, sanitize, tune
+from bench import gpu_check, kernels, overhead, sanitize, tune
 from bench.gpu_check import STEPS, Missing, Step, Visit
 
 PARSERS = {
@@ -208,24 +208,35 @@ def test_tests_that_are_cut_short_have_said_what_failed(check, monkeypatch, tmp_
     assert "WHY test_one.py::test_wrong (call)" in log.replace("tests/", "") and "assert (1 + 1) == 3" in log
 
 
-def test_a_lost_context_ends_a_worker(monkeypatch):
-    """The test that lost it is named; without workers the error itself tells."""
+LOSES = """
+import pytest, torch
 
-    def lost():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def lost():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    ended = []
-    monkeypatch.setattr(gpu_tests.torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(gpu_tests.torch.cuda, "synchronize", lost)
-    monkeypatch.setattr(gpu_tests.os, "_exit", ended.append)
-    monkeypatch.setattr(gpu_tests.os, "write", lambda file, text: ended.append(text.decode()))
-    item = SimpleNamespace(nodeid="test_one.py::test_wrong", config=SimpleNamespace())
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        gpu_tests.pytest_runtest_teardown(item)
-    item.config.workerinput = {}
-    with pytest.raises(RuntimeError):  # that the stand-in for os._exit comes back
-        gpu_tests.pytest_runtest_teardown(item)
-    assert ended[1:] == [ended[0], 3] and "lost after test_one.py::test_wrong: CUDA error" in ended[0]
+def test_one():
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, lost
+
+def test_two():
+    pass
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_lost_context_ends_a_process(tmp_path, processes):
+    """The test that lost it is named with the error, and no other fails: another process takes the rest."""
+    command = [*gpu_check.PYTHON, "pytest", *gpu_check.NAMING, str(tmp_path / "test_lost.py")]
+    if processes:
+        pytest.importorskip("xdist")
+        command += ["-n", str(processes)]
+    (tmp_path / "test_lost.py").write_text(LOSES)
+    environment = os.environ | {"PYTHONPATH": str(gpu_check.ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert "the CUDA context is lost after test_lost.py::test_one: CUDA error: an illegal memory" in said
+    assert "test_two" in said if processes else "not torn down" not in said
+    assert done.returncode != 0
 
 
 def test_files_that_come_back(options):
