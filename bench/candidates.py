@@ -86,14 +86,17 @@ def candidates(
 
 
 def _with_options(kernel: str, present: Config, arch: str) -> list[Config]:
-    """The present choice overlapped, and with other limits of its registers where the kernel keeps many."""
+    """The present choice overlapped, or not if it is, and with other limits of registers where it keeps many."""
     if not arch.startswith("sm_") or "use" in present.blocks:
         return []
-    options = [{"OVERLAPPED": True}] if arch in OVERLAPS and not present.blocks.get("OVERLAPPED") else []
+    found = []
+    if arch in OVERLAPS:
+        other = {name: size for name, size in present.blocks.items() if name != "OVERLAPPED"}
+        found.append(other if "OVERLAPPED" in present.blocks else other | {"OVERLAPPED": True})
     if kernel not in FEW_REGISTERS:
         limits = REGISTERS.get(present.num_warps, ())
-        options += [{"maxnreg": limit} for limit in limits if limit != present.blocks.get("maxnreg")]
-    return [present._replace(blocks=present.blocks | option, source="a candidate") for option in options]
+        found += [present.blocks | {"maxnreg": one} for one in limits if one != present.blocks.get("maxnreg")]
+    return [present._replace(blocks=blocks, source="a candidate") for blocks in found]
 
 
 def plausible(kernel: str, sizes: dict[str, int], precision: str, candidate: Config, arch: str) -> bool:

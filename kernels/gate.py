@@ -104,8 +104,8 @@ class Measured(NamedTuple):
     shared: int = 0  # bytes per program
     tensor_memory: int = 0  # columns
     product: str = ""  # the matrix instruction, "" for none
-    waits: bool = False  # for the kernel before it, before any access to memory
     error: str = ""  # why it did not compile
+    waits: bool = False  # for the kernel before it, before any access to memory
 
 
 def job_of(launched: Launch, arch: str, precision: str) -> Job:
@@ -162,7 +162,7 @@ def compile_ahead(job: Job) -> Measured:
         registers, spilled = _amd_resources(assembly)
     product = next((name for name, text in PRODUCTS.items() if text in assembly), "")
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    return Measured(registers, spilled, compiled.metadata.shared, tensor_memory, product, waits_first(assembly))
+    return Measured(registers, spilled, compiled.metadata.shared, tensor_memory, product, waits=waits_first(assembly))
 
 
 def waits_first(assembly: str) -> bool:

@@ -308,6 +308,14 @@ def test_many_rows_are_tried_overlapped_once():
     assert [one[:3] for one in overlapped] == [(present.blocks | {"OVERLAPPED": True}, *present[1:3])]
 
 
+def test_an_overlapped_choice_is_tried_without():
+    sizes = {"channels": 384, "rows": 256}
+    present = config("norm_residual", "sm_90", "float16", **sizes)
+    overlapped = present._replace(blocks=present.blocks | {"OVERLAPPED": True})
+    tried = candidates("norm_residual", sizes, "float16", overlapped, "sm_90")
+    assert present[:3] in [one[:3] for one in tried[1:]]
+
+
 def linear_candidates(arch: str, rows: int) -> list[Config]:
     sizes = {"k": 384, "n": 1536, "gelu": 1, "rows": rows}
     present = config("linear", arch, "float16", **sizes)

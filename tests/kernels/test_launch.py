@@ -10,6 +10,7 @@ import test_norm_residual
 import torch
 from kernel_helpers import DEVICE, DTYPES, assert_as_right_as_plain, check, mutant, run
 from swinfast.kernels import attention_block, launch, linear, norm_residual, tiles, window_attention
+from swinfast.kernels.configs import Config
 from swinfast.kernels.launch import Launch, arch_of, precision, precision_name, record
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,6 +98,18 @@ def test_precision():
     with tf32():
         assert [precision_name(dtype) for dtype in DTYPES] == ["tf32", *names[1:]]
         assert [precision(dtype) for dtype in DTYPES] == ["tf32", "ieee", "ieee"]
+
+
+@pytest.mark.parametrize("options", [{}, {"maxnreg": 96}, {"OVERLAPPED": True}], ids=str)
+def test_options_reach_the_launch(monkeypatch, options):
+    """Without an error of Triton's a launch that is not overlapped would go unseen."""
+    seen = []
+    kernel = {(1,): lambda *args, **options: seen.append(options)}
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    chosen = Config({"BLOCK_M": 16} | options, 2, 3, "a test")
+    launch.launch(kernel, 1, torch.ones(1, device=DEVICE), config=chosen, **chosen.blocks)
+    expected = {"launch_pdl": True} if "OVERLAPPED" in options else {}
+    assert seen == [{"BLOCK_M": 16, "num_warps": 2, "num_stages": 3} | options | expected]
 
 
 def test_too_many_rows():
