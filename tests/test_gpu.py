@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from helpers import random_images, randomise, relative_rms, small_model_args
+from kernel_helpers import CAN_OVERLAP
 from swinfast.kernels import configs
 from swinfast.kernels.configs import Config, config
 from swinfast.kernels.launch import arch_of
@@ -205,10 +206,7 @@ def test_a_warm_forward_allocates_its_output_and_nothing_else(timm, cuda_graphs)
     assert after["segment.all.current"] == before["segment.all.current"]
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and (torch.version.hip or torch.cuda.get_device_capability() < (9, 0)),
-    reason="needs a GPU that starts a kernel before the one before it is done",
-)
+@pytest.mark.skipif(not CAN_OVERLAP, reason="needs a GPU that starts a kernel before the one before it is done")
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_overlapped_kernels(timm, batch, cuda_graphs):

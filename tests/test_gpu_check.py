@@ -188,8 +188,6 @@ def test_tests_for_a_gpu_are_found():
 @pytest.mark.parametrize("processes", [0, 2])
 def test_tests_that_are_cut_short_have_said_what_failed(check, monkeypatch, tmp_path, processes):
     """And why: a run that is killed writes no summary."""
-    if processes:
-        pytest.importorskip("xdist")
     (tmp_path / "tests").mkdir()
     file = tmp_path / "tests" / "test_one.py"
     file.write_text(
@@ -197,8 +195,10 @@ def test_tests_that_are_cut_short_have_said_what_failed(check, monkeypatch, tmp_
         "def test_wrong():\n    assert 1 + 1 == 3\n"
         "def test_long():\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    time.sleep(60)\n"
     )
-    command = [*gpu_check.PYTHON, "pytest", *gpu_check.NAMING, "-n", str(processes), str(file)]
-    command = command if processes else [word for word in command if word not in ("-n", "0")]
+    command = [*gpu_check.PYTHON, "pytest", *gpu_check.NAMING, str(file)]
+    if processes:
+        pytest.importorskip("xdist")
+        command += ["-n", str(processes)]
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     status, summary, log = check(minutes=0.5, tests=Step(1.0, lambda visit: [command], 3))

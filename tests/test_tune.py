@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from swinfast.kernels import configs
-from swinfast.kernels.configs import FOLDER, NO_SIZES, Config, config, tile
+from swinfast.kernels.configs import FOLDER, Config, config, tile
 from swinfast.kernels.gate import Measured
 from swinfast.kernels.patch_embed import patch_embed
 
 from bench import OUT_OF_TIME, config_tables, forms, tune
-from bench.candidates import GRIDS, LIBRARY, REGISTERS, candidates
+from bench.candidates import GRIDS, candidates
 from bench.cases import FORMS, cases_of, choose_forms, meta_model
 from bench.targets import Log, find_targets
 
@@ -227,119 +227,6 @@ def test_compilers_say_why_a_candidate_is_refused(monkeypatch):
     tried = [target.present._replace(blocks={"BLOCK_M": 64, "BLOCK_K": size}) for size in (16, 32, 64)]
     refused = tune.compile_target(target, tried, "sm_90", Pool())(60.0)
     assert refused == ["", "spills 8 bytes a thread", "does not compile: TimeoutError"]
-
-
-@pytest.mark.parametrize("kernel", GRIDS)
-def test_candidates(kernel):
-    """All distinct, the present one first, and each of powers of two that the tables' rules allow."""
-    sizes = {
-        "k": 384,
-        "n": 1536,
-        "channels": 96,
-        "tokens": 49,
-        "block_d": 32,
-        "stream_bytes": 2,
-        "gelu": 1,
-        "rows": 1 << 20,
-    }
-    present = config(kernel, "sm_90", "float16", **sizes)
-    found = candidates(kernel, sizes, "float16", present, "sm_90", 1000)
-    assert found[0] is present
-    assert len({tile(one) for one in found}) == len(found) >= 9
-    optional = {"TILE", "IMAGES", "PER_UNIT", *NO_SIZES}
-    keys = {frozenset(one.blocks.keys() - optional) for one in found if one is not LIBRARY}
-    assert keys == {frozenset(present.blocks.keys() - optional)}
-    assert (LIBRARY in found) == (kernel == "linear")
-    assert candidates(kernel, sizes, "float16", present, "sm_90", 5) == found[:6]
-
-
-@pytest.mark.parametrize(
-    ("kernel", "sizes", "wanted"),
-    [
-        ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 1 << 16}, "128x128x64x2 w4 s3"),
-        ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 256}, "64x64x128 w4 s3"),  # as it is
-        ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 256}, "64x64x128 w4 s3 o"),
-        ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 256}, "library w4 s1"),
-        ("linear", {"k": 384, "n": 384, "gelu": 0, "rows": 256}, "32x64x128 w4 s3 o"),
-        ("norm_residual", {"channels": 384, "rows": 256}, "1 w2 s1 o"),
-        ("window_attention", {"tokens": 49, "block_d": 32}, "64x64x8 w4 s3 o"),
-        ("mlp_block", {"channels": 96, "stream_bytes": 2, "rows": 1 << 20}, "128x32 w4 s2"),
-        ("mlp_block", {"channels": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x32 w8 s3"),
-        ("linear_norm_residual", {"channels": 192, "k": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x64 w4 s2"),
-        ("attention_block", {"channels": 192, "tokens": 64, "stream_bytes": 2}, "- w4 s1"),
-        ("window_attention", {"tokens": 49, "block_d": 32}, "64x64x4 w4 s3"),
-        ("window_attention", {"tokens": 49, "block_d": 32}, "64x64x8 w4 s3 r96"),
-        ("mlp_block", {"channels": 96, "stream_bytes": 2, "rows": 1 << 20}, "64x32 w4 s2 r96"),
-    ],
-)
-def test_promising_candidates_are_tried(kernel, sizes, wanted):
-    present = config(kernel, "sm_90", "float16", **sizes)
-    assert wanted in [tile(one) for one in candidates(kernel, sizes, "float16", present, "sm_90")]
-
-
-def test_limits_of_registers():
-    """Around the present choice alone: those of its warps, and none where it has one; never on AMD's."""
-    sizes = {"channels": 96, "stream_bytes": 2, "rows": 1 << 20}
-    present = config("mlp_block", "sm_90", "float16", **sizes)
-    blocks = {name: size for name, size in present.blocks.items() if name != "maxnreg"}
-
-    def limits(limit, arch="sm_90"):
-        own = present._replace(blocks=blocks | limit)
-        tried = candidates("mlp_block", sizes, "float16", own, arch, 1000)[1:]
-        near = [one for one in tried if one.blocks.items() >= blocks.items() and one[1:3] == own[1:3]]
-        assert all(one in near for one in tried if "maxnreg" in one.blocks)
-        return [one.blocks.get("maxnreg") for one in near if not {"TILE", "OVERLAPPED"} & one.blocks.keys()]
-
-    assert limits({}) == list(REGISTERS[4])
-    assert limits({"maxnreg": 96}) == [None, 128, 168]
-    assert limits({}, "gfx942") == []
-
-
-@pytest.mark.parametrize(("arch", "rows", "expected"), [("sm_90", 256, {True}), ("sm_89", 256, {None})])
-def test_few_rows_are_tried_overlapped(arch, rows, expected):
-    """All of them, where launching takes as long as computing, but for the present choice; on GPUs that can."""
-    tried = linear_candidates(arch, rows)
-    assert {one.blocks.get("OVERLAPPED") for one in tried if not {"use", "maxnreg"} & one.blocks.keys()} == expected
-
-
-def test_many_rows_are_tried_overlapped_once():
-    present = config("linear", "sm_90", "float16", k=384, n=1536, gelu=1, rows=1 << 16)
-    overlapped = [one for one in linear_candidates("sm_90", 1 << 16) if "OVERLAPPED" in one.blocks]
-    assert [one[:3] for one in overlapped] == [(present.blocks | {"OVERLAPPED": True}, *present[1:3])]
-
-
-def test_an_overlapped_choice_is_tried_without():
-    sizes = {"channels": 384, "rows": 256}
-    present = config("norm_residual", "sm_90", "float16", **sizes)
-    overlapped = present._replace(blocks=present.blocks | {"OVERLAPPED": True})
-    tried = candidates("norm_residual", sizes, "float16", overlapped, "sm_90")
-    assert present[:3] in [one[:3] for one in tried[1:]]
-
-
-def linear_candidates(arch: str, rows: int) -> list[Config]:
-    sizes = {"k": 384, "n": 1536, "gelu": 1, "rows": rows}
-    present = config("linear", arch, "float16", **sizes)
-    return candidates("linear", sizes, "float16", present, arch, 1000)[1:]
-
-
-def test_implausible_candidates_are_not():
-    def tiles(kernel, precision="float16", **sizes):
-        present = config(kernel, "sm_90", precision, **sizes)
-        return [one.blocks for one in candidates(kernel, sizes, precision, present, "sm_90", 1000)[1:]]
-
-    many = {"gelu": 1, "rows": 1 << 20}
-    narrow = [blocks for blocks in tiles("linear", k=96, n=288, **many) if "use" not in blocks]
-    assert {blocks["BLOCK_N"] for blocks in narrow} == {32, 64, 128}  # 256 would waste 224 columns
-    assert all(blocks["BLOCK_K"] <= 64 for blocks in tiles("patch_embed", channels=96, k=48, rows=1 << 20))
-    assert all(blocks["BLOCK_M"] <= 64 for blocks in tiles("patch_embed", channels=96, k=48, rows=64))
-    attention = tiles("window_attention", tokens=49, block_d=32)
-    assert all(max(blocks["BLOCK_M"], blocks["BLOCK_N"]) <= 64 for blocks in attention)
-    fits = [len(tiles("linear", precision, k=384, n=1536, **many)) for precision in ("float32", "float16")]
-    assert fits[0] < fits[1]  # shared memory
-    assert any("PER_UNIT" in blocks for blocks in tiles("linear", k=384, n=1536, **many))
-    few = {"gelu": 1, "rows": 256}
-    assert not any("PER_UNIT" in blocks for blocks in tiles("linear", k=384, n=1536, **few))  # nothing to go on to
-    assert not any("PER_UNIT" in blocks for blocks in tiles("linear", "float32", k=384, n=1536, **many))
 
 
 def test_targets_cover_all_compositions():
