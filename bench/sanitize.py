@@ -23,7 +23,7 @@ from swinfast.kernels.shapes import PRECISIONS
 from torch import Tensor
 
 from bench.cases import MODELS, call_arguments, inputs_of, operation, tf32_setting
-from bench.kernels import COMPOSITIONS, KERNELS, compile_all, compilers, find_cases
+from bench.kernels import COMPILE_WAIT, COMPOSITIONS, KERNELS, compile_all, compilers, find_cases
 from swinfast.predict import resolve_device
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = find_cases(options.models, 1, options.dtypes, arch, KERNELS, COMPOSITIONS)
     if options.compile:
         with compilers(device) as pool:
-            compile_all([case for _, case in cases], arch, pool)
+            compile_all([case for _, case in cases], arch, pool, COMPILE_WAIT)
     wrong = launch_all(cases, device)
     for dtype in dict.fromkeys(PRECISIONS[name] for name in options.dtypes):
         wrong += bias_tables(device, dtype)
