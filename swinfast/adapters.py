@@ -26,6 +26,7 @@ HOOKS = (
 )
 WEIGHTED = (nn.Conv2d, nn.LayerNorm, nn.Linear)
 
+CLASSIFIER, STAGE = "SwinTransformerV2Cr", "SwinTransformerV2CrStage"  # names of classes, in one file
 MODULE = frozenset(dir(nn.Module))
 
 
@@ -54,9 +55,14 @@ def adapter_of(cls: type) -> Adapter | None:
     Many libraries have a PatchEmbed: it is ours only where its own file defines our kind of stage too.
     """
     adapter = ADAPTERS.get(cls.__name__)
-    if adapter is None or not hasattr(sys.modules.get(cls.__module__), "SwinTransformerV2CrStage"):
+    if adapter is None or not hasattr(sys.modules.get(cls.__module__), STAGE):
         return None
     return adapter
+
+
+def is_classifier(cls: type) -> bool:
+    """Whether a class of modules is the classifier of a family that swinfast knows."""
+    return cls.__name__ == CLASSIFIER and hasattr(sys.modules.get(cls.__module__), STAGE)
 
 
 def why_not(adapter: Adapter, module: nn.Module) -> str | None:
@@ -79,11 +85,12 @@ def _original(cls: type[nn.Module]) -> type[nn.Module]:
 
 def dropouts(module: nn.Module) -> list[nn.Module]:
     """What makes a module's answers random where it is in training mode, though the module may not be."""
-    return [m for m in module.modules() if _is_dropout(type(m))]
+    return [m for m in module.modules() if is_dropout(type(m))]
 
 
 @_constant
-def _is_dropout(cls: type[nn.Module]) -> bool:
+def is_dropout(cls: type[nn.Module]) -> bool:
+    """Whether modules of a class give random answers in training mode."""
     return issubclass(cls, nn.Dropout) or cls.__name__ == "DropPath"
 
 
@@ -138,7 +145,7 @@ def _check_stage(module: nn.Module) -> Iterator[str]:
     for index, block in enumerate(module.blocks):
         prefix = f"blocks.{index}."
         known = "SwinTransformerV2CrBlock"
-        if not _is_a(known, type(block), class_of(module)):
+        if not is_a(known, type(block), class_of(module)):
             yield _unexpected(prefix[:-1], type(block), known, class_of(module))
         yield from _check_block(block, prefix)
     yield from _check_insides(module)
@@ -183,14 +190,14 @@ def _check_children(module: nn.Module, prefix: str, expected: dict) -> Iterator[
             if None not in types:
                 yield f"{prefix}{name} is missing"
         elif type(child) not in types and not any(
-            isinstance(t, str) and _is_a(t, type(child), class_of(module)) for t in types
+            isinstance(t, str) and is_a(t, type(child), class_of(module)) for t in types
         ):
             known = " or ".join(t if isinstance(t, str) else t.__name__ for t in types if t is not None)
             yield _unexpected(prefix + name, type(child), known, class_of(module))
 
 
 @_constant
-def _is_a(name: str, child: type, parent: type) -> bool:
+def is_a(name: str, child: type, parent: type) -> bool:
     """Whether a child is of the type that its parent's own file knows by a name."""
     home = sys.modules.get(parent.__module__)
     return child.__name__ == name and getattr(home, name, None) is child
@@ -243,7 +250,7 @@ def patches(module: nn.Module) -> Iterator[str]:
     """What was put in place of methods of a module and those inside it, on them or on their classes."""
     for name, child in module.named_modules():
         cls = class_of(child)
-        for method in _foreign_methods(cls):
+        for method in foreign_methods(cls):
             place = name or cls.__name__
             yield _defined_anew(place, cls) if _was_defined_anew(cls) else f"the {method} method of {place} is patched"
         for method in methods(cls) if name else ():
@@ -252,7 +259,7 @@ def patches(module: nn.Module) -> Iterator[str]:
 
 
 @_constant
-def _foreign_methods(cls: type) -> tuple[str, ...]:
+def foreign_methods(cls: type) -> tuple[str, ...]:
     """Methods of a class that are defined elsewhere than the class: somebody put them there."""
     home = getattr(sys.modules.get(cls.__module__), "__dict__", None)
     found = ((name, getattr(cls, name)) for name in methods(cls))
@@ -278,7 +285,7 @@ ADAPTERS = {
     adapter.type_name: adapter
     for adapter in (
         Adapter("patch embedding", "PatchEmbed", _read_patch_embed, _check_patch_embed),
-        Adapter("stage", "SwinTransformerV2CrStage", _read_stage, _check_stage),
+        Adapter("stage", STAGE, _read_stage, _check_stage),
     )
 }
 SUPPORTED = "Swin Transformer V2 CR models: timm's swinv2_cr_* family and swinfast.create_model's"

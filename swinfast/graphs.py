@@ -52,7 +52,9 @@ class Graphs:
         failure: Why nothing is captured any more, None where nothing went wrong.
     """
 
-    def __init__(self):
+    def __init__(self, memory_format: torch.memory_format = torch.channels_last):
+        """memory_format: Of the input as the graphs keep it."""
+        self._memory_format = memory_format
         self.failure: str | None = None
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
@@ -142,7 +144,7 @@ class Graphs:
             self._graphs.popitem(last=False)
         try:
             with torch.inference_mode(False), torch.no_grad(), _capturing:
-                static = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+                static = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=self._memory_format)
                 static.copy_(x)
                 compute(reads, static)  # compiles and loads what this input needs: neither may happen in a capture
                 replay, output = capture(lambda: compute(reads, static), x.device)

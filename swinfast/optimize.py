@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from . import graphs
-from .adapters import DTYPES, SUPPORTED, Adapter, adapter_of, class_of
+from .adapters import DTYPES, SUPPORTED, Adapter, adapter_of, class_of, is_classifier
 from .backends import check_choice
+from .classifier import FusedClassifier
 from .fused import FUSED, Fused, FusedStage, ImageScale, Settings, fuse
 from .sequence import FusedStages
 
@@ -72,7 +73,9 @@ def optimize(
     for module in list(model.modules()):
         if type(module) is nn.Sequential and len(module) and all(isinstance(child, FusedStage) for child in module):
             fuse(module, FusedStages)
-        if isinstance(module, FusedStages):
+        if is_classifier(class_of(module)) and not isinstance(module, Fused):
+            fuse(module, FusedClassifier)
+        if isinstance(module, (FusedStages, FusedClassifier)):
             module._swinfast = Settings(backend, cuda_graphs)
     if backend != "triton":
         _warn_of_float16(model)

@@ -18,16 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .adapters import HOOKS, Adapter, class_of, dropouts, methods, patches, why_not
+from .adapters import Adapter, patches, why_not
 from .autocast import without_autocast
 from .backends import Choice, choose
 from .graphs import Graphs, is_capturing
+from .watch import Watch
 
 _version = attrgetter("_version")
-WATCHED = (  # attributes of modules that answers depend on
-    "window_size", "shift_size", "num_heads", "img_size", "strict_img_size", "eps", "approximate", "kernel_size",
-    "stride", "padding", "dilation", "groups", "padding_mode",
-)  # fmt: skip
 
 
 def _count_fused_steps(optimizer: Optimizer, *_: Any) -> None:
@@ -68,45 +65,24 @@ class Plan:
         self._lock = threading.Lock()
         self._counts_edits = not any(parameter.is_inference() for parameter in self.parameters)
 
-        self._adapter = adapter
-        self._modules = list(module.modules())
-        tables = [table for m in self._modules for table in (m._modules, m._parameters) if table]
-        self._contents = [table.values() for table in tables]
-        self._attributes = [m.__dict__ for m in self._modules[1:]]
-        self._hooks = [getattr(m, hooks) for m in self._modules[1:] for hooks in HOOKS]
-        classes = dict.fromkeys(map(class_of, self._modules))
-        self._methods = [(cls, method) for cls in classes for method in methods(cls)]
-        self._watched = [(m.__dict__, name) for m in self._modules for name in WATCHED if name in m.__dict__]
-        self._dropouts = dropouts(module)
-        self._structure, self._settings = self._structure_now(), self._settings_now()
-        self._places = self._places_now()
+        self.module = module
+        self._watch = Watch(list(module.modules()), self.parameters if self._counts_edits else ())
 
     def holds(self) -> bool:
-        """Whether the module and the places of its weights are still what the plan was made of.
-
-        Asked at every call, so it is a few passes in C over flat lists, microseconds for a stage.
-        """
-        return (
-            self._structure == self._structure_now()
-            and self._places == self._places_now()
-            and self._settings == self._settings_now()
-        )
+        """Whether the module and the places of its weights are still what the plan was made of."""
+        return self._watch.holds()
 
     def computes_the_same(self) -> bool:
         """Whether the module still computes what the plan was made of, though its weights may be others, or elsewhere,
         and there may be hooks."""
         if self.holds():
             return True
-        same_modules = list(self.module.modules()) == self._modules
-        return same_modules and self._settings == self._settings_now() and next(patches(self.module), None) is None
-
-    @property
-    def module(self) -> nn.Module:
-        return self._modules[0]
+        same = list(self.module.modules()) == self._watch.modules and self._watch.settings_hold()
+        return same and next(patches(self.module), None) is None
 
     def is_random(self) -> bool:
         """Whether a dropout inside was put into training mode, though the module is not."""
-        return any(dropout.training for dropout in self._dropouts)
+        return self._watch.is_random()
 
     def why_original(self) -> str | None:
         """Why the original runs in eval mode, for the report."""
@@ -121,7 +97,7 @@ class Plan:
 
     def graph_pays(self, x: Tensor) -> bool:
         """Whether launches take longer than what is computed, by the backend's table."""
-        return self.backend.graph_pays(x, self.parameters[0].dtype)
+        return self.backend.graph_pays(x.numel(), self.parameters[0].device, self.parameters[0].dtype)
 
     def derived(self, kind: Hashable, derive: Callable[[Any], Any]) -> Any:
         """derive(spec), made once for each kind and state of the weights, and where it was before if that can be.
@@ -151,20 +127,6 @@ class Plan:
     def _derive(self, derive: Callable[[Any], Any]) -> Any:
         with torch.inference_mode(False), torch.no_grad(), without_autocast(self.parameters[0].device):
             return derive(self.spec)
-
-    def _structure_now(self) -> tuple:
-        """Children and parameters by identity, types, whether there are hooks, and what may be patched: methods of
-        classes, and how many attributes each module has, of which a patched method is one more."""
-        contents = chain.from_iterable(self._contents)
-        types, attributes = list(map(type, self._modules)), list(map(len, self._attributes))
-        found = [getattr(cls, method) for cls, method in self._methods]
-        return list(map(id, contents)), types, attributes, any(self._hooks), found
-
-    def _settings_now(self) -> list:
-        return [attributes.get(name) for attributes, name in self._watched]
-
-    def _places_now(self) -> list[int]:
-        return list(map(Tensor.data_ptr, self.parameters)) if self._counts_edits else []
 
     def _versions_now(self) -> list[int]:
         return list(map(_version, self.parameters))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tabulate import tabulate
 from torch import nn
 
-from .adapters import SUPPORTED
+from .adapters import SUPPORTED, class_of
 from .fused import Fused, FusedComputation, FusedStage
 from .graphs import Graphs
 from .plan import Plan
@@ -58,7 +58,7 @@ def report(model: nn.Module) -> Report:
             training |= module.training
             rows += _rows(name, module, module.plan())
         if isinstance(module, Fused) and module._swinfast.plan is not None:
-            graphs += _graphs(name or type(module).__name__, module._swinfast.plan.graphs)
+            graphs += _graphs(name or class_of(module).__name__, module._swinfast.plan.graphs)
     if not rows:
         raise ValueError(f"{type(model).__name__} is not optimized: call swinfast.optimize, which takes {SUPPORTED}")
     return Report(tuple(rows), training, tuple(graphs))

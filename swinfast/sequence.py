@@ -79,11 +79,12 @@ class FusedStages(Fused):
             x,
             kind,
             holds=lambda: self.plan() is plan,
-            reads=lambda: self._tables(plan, kind),
+            reads=lambda: self.tables(plan, kind),
             made=lambda: plan.derivations,
         )
 
-    def _tables(self, plan: SequencePlan, kind: tuple) -> tuple:
+    def tables(self, plan: SequencePlan, kind: tuple) -> tuple:
+        """What the stages' backends need of the parameters."""
         return tuple(stage.tables(one, kind) for stage, one in zip(self, plan.plans, strict=True))
 
     def original_forward(self, x: Tensor) -> Tensor:
@@ -98,8 +99,8 @@ class FusedStages(Fused):
             return plan.graphs.run(
                 x,
                 kind,
-                reads=lambda: self._tables(plan, kind),
-                compute=partial(self._compute, plan),
+                reads=lambda: self.tables(plan, kind),
+                compute=partial(self.compute, plan),
                 plain=lambda: self._one_by_one(plan, x),
             )
         if x.device.type == "cpu":
@@ -118,7 +119,7 @@ class FusedStages(Fused):
         if fit and not self._is_unchecked():
             kind = kind_of(x)
             try:
-                return self._compute(plan, self._tables(plan, kind), x)
+                return self.compute(plan, self.tables(plan, kind), x)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -136,7 +137,8 @@ class FusedStages(Fused):
             x = forward(stage, one, x)
         return x
 
-    def _compute(self, plan: SequencePlan, tables: tuple, x: Tensor) -> Tensor:
+    def compute(self, plan: SequencePlan, tables: tuple, x: Tensor) -> Tensor:
+        """The fused computation of all stages."""
         for stage, one, its_tables in zip(self, plan.plans, tables, strict=True):
             held = [x]
             del x

@@ -161,9 +161,9 @@ def stage(spec: StageSpec, tables: StageTables, x: Tensor) -> Tensor:
         return run_blocks(tables.blocks, held.pop()).to(given)
 
 
-def graph_pays(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether launching the kernels for an input would take longer than they compute, by the tables."""
-    chosen = config("launches", arch_of(x.device), precision_name(dtype), elements=x.numel())
+def graph_pays(elements: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether launching the kernels for an input of so many numbers would take longer than they compute."""
+    chosen = config("launches", arch_of(device), precision_name(dtype), elements=elements)
     return chosen.blocks["use"] == "graph"
 
 

@@ -49,7 +49,7 @@ def captures(monkeypatch) -> Captures:
         monkeypatch.setattr(graphs, "stream_of", lambda device: captures.stream)
         monkeypatch.setattr(graphs, "are_possible", lambda device: True)
         monkeypatch.setattr(torch_backend, "capturable", True)
-        monkeypatch.setattr(torch_backend, "graph_pays", lambda x, dtype: True, raising=False)
+        monkeypatch.setattr(torch_backend, "graph_pays", lambda elements, device, dtype: True, raising=False)
     return captures
 
 

@@ -88,7 +88,7 @@ def test_every_method(timm, source):
             for got, wanted in zip([final, *maps], [expected_final, *expected_maps], strict=True):
                 assert relative_rms(got, wanted) <= 1e-5
     assert fast.get_classifier() is fast.head.fc
-    assert type(fast) is type(model)
+    assert isinstance(fast, type(model))
     assert isinstance(fast.stages[0], type(model.stages[0]))
 
 

@@ -1,0 +1,406 @@
+"""CUDA graphs of whole classifiers: what they span, what of a head they see, and when parts are called instead.
+
+Without a GPU, by a stand-in for captures.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from graph_captures import DEVICE, TINY, assert_right, images, optimised, tiny
+from helpers import make, random_images, relative_rms
+from torch import nn
+
+import swinfast
+from swinfast.classifier import FusedClassifier
+
+pytestmark = [pytest.mark.filterwarnings("error:no CUDA graph"), *([pytest.mark.gpu] if DEVICE.type == "cuda" else [])]
+POOLS = ("avg", "max", "avgmax", "catavgmax", "fast", "fastmax", "fastavgmax", "fastcatavgmax")
+
+
+@pytest.fixture
+def model(timm):
+    return tiny(timm)
+
+
+def warmed(model, **options):
+    fast = optimised(model, **options)
+    for seed in range(3):
+        fast(images(seed=seed))
+    return fast
+
+
+def spans_all(fast) -> bool:
+    """Whether a graph of the whole classifier is there, and none of the stages alone."""
+    plans = fast._swinfast.plan, fast.stages._swinfast.plan
+    whole, stages = (len(plan.graphs) if plan is not None else 0 for plan in plans)
+    return whole > 0 and not stages
+
+
+def spans_any(fast) -> bool:
+    return fast._swinfast.plan is not None and len(fast._swinfast.plan.graphs) > 0
+
+
+@pytest.mark.parametrize("source", ["timm", "reference"])
+def test_one_graph_spans_all(timm, captures, source):
+    model = make(timm, TINY, source).to(DEVICE).requires_grad_(False)
+    fast = warmed(model)
+    assert spans_all(fast)
+    assert captures.captured == 1
+    assert isinstance(fast, FusedClassifier) and isinstance(fast, type(model))
+    replayed = captures.replayed
+    for seed in range(4):
+        assert_right(fast, model, images(seed=seed))
+    assert captures.replayed == replayed + 4
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_poolings(timm, captures, pool):
+    model = make(timm, TINY | {"global_pool": pool}, "timm").to(DEVICE).requires_grad_(False)
+    fast = warmed(model)
+    assert spans_all(fast)
+    assert_right(fast, model, images(seed=5))
+
+
+def test_no_classifier(timm, captures):
+    model = make(timm, TINY | {"num_classes": 0}, "timm").to(DEVICE).requires_grad_(False)
+    fast = warmed(model)
+    assert spans_all(fast)
+    assert_right(fast, model, images(seed=5))
+
+
+def edit_in_place(either):
+    with torch.no_grad():
+        either.head.fc.weight.mul_(1.5)
+        either.head.fc.bias.add_(1)
+
+
+def load(either):
+    state = {name: value * 1.25 for name, value in either.state_dict().items()}
+    either.load_state_dict(state)
+
+
+@pytest.mark.parametrize("change", [edit_in_place, load])
+def test_edits_keep_the_graph(model, captures, change):
+    fast = warmed(model)
+    for either in (model, fast):
+        change(either)
+    assert_right(fast, model, images(seed=7))
+    if change is edit_in_place or DEVICE.type == "cuda":  # packed weights of a CPU are packed anew
+        assert captures.captured == 1
+
+
+def replace_classifier(either):
+    torch.manual_seed(0)
+    either.reset_classifier(5)
+
+
+def replace_layer(either):
+    torch.manual_seed(0)
+    either.head.fc = nn.Linear(16, 3, device=DEVICE)
+
+
+def replace_weight(either):
+    either.head.fc.weight = nn.Parameter(either.head.fc.weight * 2)
+
+
+def move_data(either):
+    either.head.fc.weight.data = either.head.fc.weight.data * 2
+
+
+def pool_otherwise(either):
+    either.head.global_pool.pool = nn.AdaptiveMaxPool2d(1)
+
+
+def drop_bias(either):
+    either.head.fc.bias = None
+
+
+def other_forward_of_a_layer(either):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    either.head.fc.__class__ = Doubled
+
+
+def patch_a_layer(either):
+    layer = either.head.fc
+    layer.forward = lambda x: 3 * nn.Linear.forward(layer, x)
+
+
+def hook_the_head(either):
+    either.head.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def hook_a_layer(either):
+    either.head.fc.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def hook_the_patch_embedding(either):
+    either.patch_embed.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def hook_the_stages(either):
+    either.stages.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def hook_a_stage(either):
+    either.stages[0].register_forward_hook(lambda module, args, output: output.flip(3))
+
+
+def hook_the_model(either):
+    either.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def patch_features(either):
+    whole = type(either).forward_features
+    either.forward_features = lambda x: whole(either, x) * 1.5
+
+
+def patch_the_head(either):
+    whole = type(either).forward_head
+    either.forward_head = lambda x: whole(either, x) + 1
+
+
+def replace_the_head(either):
+    either.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+
+
+def replace_the_stages(either):
+    either.stages = nn.Sequential(either.stages[0])
+    either.head = nn.Flatten(1)
+
+
+def move_data_of_the_patch_embedding(either):
+    either.patch_embed.proj.weight.data = either.patch_embed.proj.weight.data.flip(0)
+
+
+def patch_the_patch_embedding(either):
+    whole = type(either.patch_embed).forward
+    either.patch_embed.forward = lambda x: whole(either.patch_embed, x).flip(1)
+
+
+def patch_the_stages(either):
+    whole = type(either.stages).forward
+    either.stages.forward = lambda x: whole(either.stages, x).flip(1)
+
+
+def patch_the_forward_of_the_head(either):
+    whole = type(either.head).forward
+    either.head.forward = lambda x: whole(either.head, x) + 1
+
+
+def replace_a_norm(either):
+    class Shifted(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x).flip(-1)
+
+    either.patch_embed.norm.__class__ = Shifted
+
+
+def replace_the_classifier_by_ones_own(either):
+    class Negated(nn.Module):
+        def forward(self, x):
+            return -x
+
+    either.head.fc = Negated()
+
+
+def make_weights_of_a_class_of_ones_own(either):
+    class Weight(nn.Parameter):
+        pass
+
+    either.head.fc.weight = Weight(either.head.fc.weight * 2)
+
+
+CALLED_AT_EVERY_CALL = [  # by Python: no graph may go around them
+    other_forward_of_a_layer, patch_a_layer, hook_the_head, hook_a_layer, hook_the_patch_embedding, hook_the_stages,
+    hook_a_stage, patch_features, patch_the_head, replace_the_head, replace_the_stages, patch_the_patch_embedding,
+    patch_the_stages, patch_the_forward_of_the_head, replace_a_norm, replace_the_classifier_by_ones_own,
+    make_weights_of_a_class_of_ones_own,
+]  # fmt: skip
+CHANGES = [
+    *CALLED_AT_EVERY_CALL, replace_classifier, replace_layer, replace_weight, move_data, pool_otherwise, drop_bias,
+    hook_the_model, move_data_of_the_patch_embedding,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("before", [True, False], ids=["captured", "fresh"])
+def test_changes_are_seen(model, captures, change, before):
+    """Those made when there is a graph, and those made before."""
+    fast = warmed(model) if before else optimised(model)
+    unchanged = model(images(seed=9))
+    for either in (model, fast):
+        change(either)
+    expected = model(images(seed=9))
+    assert expected.shape != unchanged.shape or relative_rms(expected, unchanged) > 1e-2
+    for _ in range(4):
+        assert_right(fast, model, images(seed=9))
+    if change in CALLED_AT_EVERY_CALL:
+        assert not spans_any(fast)
+
+
+def test_a_method_of_the_class_that_is_patched(model, captures, monkeypatch):
+    fast = warmed(model)
+    cls = type(model)
+    whole = cls.forward_head
+    monkeypatch.setattr(cls, "forward_head", lambda self, x, pre_logits=False: whole(self, x, pre_logits) + 1)
+    for _ in range(4):
+        assert_right(fast, model, images(seed=9))
+    assert not spans_any(fast)
+
+
+def test_hooks_of_all_modules(model, captures):
+    fast, calls = warmed(model), []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module)):
+        fast(images())
+    assert {fast, fast.head.fc, fast.stages[0].blocks[0].mlp.fc1} <= set(calls)
+
+
+def test_a_head_that_is_trained_alone(model, captures):
+    fast = warmed(model)
+    for either in (model, fast):
+        either.head.requires_grad_(True)
+    gradients = [torch.autograd.grad(m(images()).square().sum(), m.head.fc.weight)[0] for m in (model, fast)]
+    assert relative_rms(gradients[1], gradients[0]) <= 1e-4
+
+
+def test_weights_whose_edits_nobody_counts(model, captures):
+    fast = optimised(model)
+    with torch.inference_mode():
+        fast.patch_embed.proj.weight = nn.Parameter(model.patch_embed.proj.weight.clone(), requires_grad=False)
+    with torch.inference_mode():
+        for _ in range(3):
+            assert_right(fast, model, images())
+            for either in (model, fast):
+                either.patch_embed.proj.weight.mul_(1.1)
+    assert not spans_any(fast)
+
+
+def test_none_before_the_self_check(model, captures, monkeypatch):
+    monkeypatch.setenv("SWINFAST_SELF_CHECK", "1")
+    fast = optimised(model)
+    fast.patch_embed._swinfast.unchecked = True
+    fast(images())
+    fast.patch_embed._swinfast.unchecked = True
+    fast(images())
+    assert not spans_any(fast)
+
+
+def test_derivations_of_all_parts(model, captures):
+    fast = warmed(model)
+    plan = fast._swinfast.plan
+    for part in (fast.patch_embed.norm, fast.stages[0].blocks[0].attn):
+        before = plan.derivations
+        with torch.no_grad():
+            next(part.parameters()).mul_(1.1)
+        fast(images())
+        assert plan.derivations > before
+
+
+def test_a_dropout_in_the_head(timm, captures):
+    """In training mode in a model that is not: every answer is another."""
+    model = make(timm, TINY | {"drop_rate": 0.5}, "timm").to(DEVICE).requires_grad_(False)
+    fast = warmed(model)
+    assert spans_all(fast)
+    fast.head.drop.train()
+    answers = [fast(images()) for _ in range(4)]
+    assert not torch.equal(answers[2], answers[3])
+    assert not spans_any(fast)  # one is launched in vain, and no other
+    fast.head.drop.eval()
+    assert_right(fast, model, images())
+
+
+def test_a_head_that_is_not_known(model, captures):
+    class Head(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    for either in (model, fast := optimised(model)):
+        either.head = Head()
+    for seed in range(3):
+        assert_right(fast, model, images(seed=seed))
+    assert len(fast.stages._swinfast.plan.graphs) == 1 and not len(fast._swinfast.plan.graphs)
+
+
+def test_the_parts_by_themselves(model, captures):
+    fast = warmed(model)
+    x = images(seed=3)
+    for _ in range(3):
+        assert relative_rms(fast.forward_features(x), model.forward_features(x)) <= 1e-5
+        logits = fast.forward_head(fast.forward_features(x), pre_logits=True)
+        assert relative_rms(logits, model.forward_head(model.forward_features(x), pre_logits=True)) <= 1e-5
+    assert len(fast.stages._swinfast.plan.graphs) == 1
+    assert_right(fast, model, x)
+
+
+def test_gradients_are_not_captured(timm, captures):
+    model = make(timm, TINY, "timm").to(DEVICE)
+    fast = optimised(model)
+    for _ in range(3):
+        gradients = [
+            torch.autograd.grad(either(images()).square().sum(), either.head.fc.weight)[0] for either in (model, fast)
+        ]
+        assert relative_rms(gradients[1], gradients[0]) <= 1e-4
+    assert fast._swinfast.plan is None or not fast._swinfast.plan.graphs
+    with torch.no_grad():
+        for _ in range(3):
+            assert_right(fast, model, images())
+    assert len(fast._swinfast.plan.graphs) == 1
+
+
+def test_autocast_has_graphs_of_the_stages_alone(model, captures):
+    fast = optimised(model)
+    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        for _ in range(3):
+            assert relative_rms(fast(images()), model(images())) <= 0.05
+    assert not spans_all(fast)
+    for _ in range(3):
+        assert_right(fast, model, images())
+    assert spans_all(fast) or len(fast._swinfast.plan.graphs) == 1
+
+
+def test_pixels(model, captures):
+    fast = optimised(model, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    mean, std = (torch.tensor(v, device=DEVICE)[:, None, None] for v in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
+    for seed in range(3):
+        pixels = (random_images(1, 3, 16, 16, seed=seed) * 50 + 128).clamp(0, 255).to(DEVICE, torch.uint8)
+        assert relative_rms(fast(pixels), model((pixels / 255 - mean) / std)) <= 1e-4
+    assert spans_all(fast)
+
+
+def test_any_strides(model, captures):
+    fast = optimised(model)
+    x = images(2, seed=4)
+    for given in (x, x.contiguous(memory_format=torch.channels_last), x.flip(3).flip(3), x.transpose(2, 3)):
+        assert_right(fast, model, given)
+    assert captures.captured == 1
+
+
+def test_what_the_original_refuses(model, captures):
+    fast = warmed(model)
+    for wrong in (images()[0], images(size=32), images()[:, :2]):
+        with pytest.raises((AssertionError, RuntimeError, ValueError)):
+            fast(wrong)
+    assert_right(fast, model, images())
+
+
+def test_copies(model, captures):
+    fast = warmed(model, cuda_graphs=True)
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert isinstance(other, FusedClassifier) and other._swinfast.cuda_graphs is True
+        edit_in_place(fast)
+        for _ in range(3):
+            assert_right(other, model, images())
+        assert spans_all(other)
+
+
+def test_optimised_twice(model, captures):
+    fast = swinfast.optimize(optimised(model), backend="triton" if DEVICE.type == "cuda" else "torch")
+    for _ in range(3):
+        assert_right(fast, model, images())
+    assert spans_all(fast)
+    assert type(fast).__mro__.count(FusedClassifier) == 1
