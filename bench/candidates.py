@@ -66,19 +66,19 @@ def candidates(
             "TILE": tuple(dict.fromkeys((columns(sizes["channels"])[0], triton.next_power_of_2(sizes["channels"]))))
         } | grid
     few = sizes.get("rows", MANY) <= FEW
-    overlapped = {"OVERLAPPED": True} if few and arch in OVERLAPS else {}  # a launch takes as long as what it computes
+    options = ({}, {"OVERLAPPED": True}) if few and arch in OVERLAPS else ({},)  # a launch takes as long as its kernel
     found = []
     for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
         usual = {"IMAGES": 1, "PER_UNIT": 0, "TILE": grid.get("TILE", (0,))[0]}  # what a row need not say
         blocks = {name: size for name, size in settings.items() if name not in LAUNCH and size != usual.get(name)}
-        candidate = Config(blocks | overlapped, settings["num_warps"], settings["num_stages"], "a candidate")
-        if candidate[:3] != present[:3] and plausible(kernel, sizes, precision, candidate, arch):
-            found.append(candidate)
+        for option in options:
+            candidate = Config(blocks | option, settings["num_warps"], settings["num_stages"], "a candidate")
+            if candidate[:3] != present[:3] and plausible(kernel, sizes, precision, candidate, arch):
+                found.append(candidate)
     center = AROUND.get(kernel, present) if few else present
     if "use" in center.blocks:  # no distance from a library
         center = Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3, "")
-    center = center._replace(blocks=center.blocks | overlapped)
     found += [one for one in _with_options(kernel, present, arch) if plausible(kernel, sizes, precision, one, arch)]
     found = sorted({tile(one): one for one in found}.values(), key=lambda one: _distance(one, center))
     library = [LIBRARY] if kernel == "linear" and "use" not in present.blocks else []
@@ -135,6 +135,6 @@ def _distance(one: Config, other: Config) -> float:
     """Doublings of blocks and warps, stages, and options, that lie between two configurations."""
     sizes = {name: size for name, size in one.blocks.items() if name not in NO_SIZES}
     steps = sum(abs(math.log2(size / other.blocks.get(name, size))) for name, size in sizes.items())
-    steps += sum(one.blocks.get(option) != other.blocks.get(option) for option in NO_SIZES)
+    steps += one.blocks.get("maxnreg") != other.blocks.get("maxnreg")
     steps += sum((name in one.blocks) != (name in other.blocks) for name in ("PER_UNIT", "IMAGES"))
     return steps + abs(math.log2(one.num_warps / other.num_warps)) + abs(one.num_stages - other.num_stages)

@@ -109,10 +109,10 @@ def _kind(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def meta_model(name: str) -> nn.Module:
-    """A model on the meta device, one of those for tests or any of the family."""
+def model_named(name: str, device: torch.device | str = "meta") -> nn.Module:
+    """One of the models for tests, or any of the family."""
     options = MODELS.get(name, {})
-    return swinfast.create_model("swinv2_cr_tiny_224" if options else name, device="meta", **options).eval()
+    return swinfast.create_model("swinv2_cr_tiny_224" if options else name, device=device, **options).eval()
 
 
 def choose_forms(forms: dict[str, str], channels: int | None = None) -> Callable[[str, dict[str, int]], Config | None]:

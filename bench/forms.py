@@ -10,7 +10,7 @@ from swinfast.kernels.stages import forms_of
 from torch import nn
 
 from bench.candidates import FEW, SIXTEEN_BITS
-from bench.cases import FORMS, cases_of, choose_forms, meta_model, tf32_setting
+from bench.cases import FORMS, cases_of, choose_forms, model_named, tf32_setting
 from bench.config_tables import Row
 
 GAIN = 0.02  # that a measured choice must win by
@@ -37,7 +37,7 @@ def form_rows(
     """
     rows = []
     for name in models:
-        model = meta_model(name)
+        model = model_named(name)
         for channels, tokens, count, present in _blocks(model, batch, precision, arch):
             few = when_few(count)
             for parts in (("attention_half", "projection"), ("mlp_half", "mlp_output")):

@@ -45,7 +45,7 @@ from bench.cases import (
     choose_forms,
     definition,
     inputs_of,
-    meta_model,
+    model_named,
     operation,
     tf32_setting,
 )
@@ -171,7 +171,7 @@ def find_cases(
     choices = [COMPOSITIONS[name] for name in forms]
     found = {}
     for name in models:
-        model = meta_model(name)
+        model = model_named(name)
         for precision in precisions:
             for choice in choices:
                 for case in cases_of(model, batch, precision, arch, choice):

@@ -22,7 +22,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 import swinfast
-from bench.cases import Case, call_arguments, cases_of, inputs_of, meta_model, operation, tf32_setting
+from bench.cases import Case, call_arguments, cases_of, inputs_of, model_named, operation, tf32_setting
 from bench.provenance import provenance
 from swinfast.measurements import append
 from swinfast.predict import resolve_device
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     device = resolve_device(options.device)
     gpu = device.type == "cuda"
-    cases = cases_of(meta_model(options.model), 1, options.dtype, arch_of(device))
+    cases = cases_of(model_named(options.model), 1, options.dtype, arch_of(device))
     with nullcontext() if gpu else launching_nothing(cases):
         rows = rows_of(cases, device)
     launches = by_operation(rows)

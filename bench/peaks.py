@@ -29,15 +29,8 @@ class Peaks(NamedTuple):
     rates: dict[str, float]
 
 
-def timer_of(device: torch.device, in_graphs: bool = False) -> Timer:
-    """timer(function, rep=100) gives seconds: by do_bench, median on a GPU; one call elsewhere.
-
-    In graphs calls follow each other as in a forward that is one: no launch is waited for, and the L2 cache is warm.
-    """
-    if device.type == "cuda" and in_graphs:
-        from triton.testing import do_bench_cudagraph
-
-        return lambda function, rep=100: do_bench_cudagraph(function, rep=rep, return_mode="median") / 1e3
+def timer_of(device: torch.device) -> Timer:
+    """timer(function, rep=100) gives seconds: by do_bench, median on a GPU; one call elsewhere."""
     if device.type == "cuda":
         from triton.testing import do_bench
 

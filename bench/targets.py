@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from swinfast.kernels.configs import Config
 
-from bench.cases import FORMS, Case, cases_of, choose_forms, meta_model
+from bench.cases import FORMS, Case, cases_of, choose_forms, model_named
 from bench.roofline import bytes_of, flops_of
 
 FLOPS_A_BYTE = 200  # that a GPU has time for, about
@@ -46,7 +46,7 @@ def find_targets(
     for forms in (None, *map(choose_forms, FORMS.values())):
         for name in models:
             for precision in precisions:
-                for case in cases_of(meta_model(name), batch, precision, arch, forms):
+                for case in cases_of(model_named(name), batch, precision, arch, forms):
                     what = (*case.lookup, precision)
                     if case.operation in kernels:
                         cases.setdefault(what, {}).setdefault(case.key, case)
@@ -59,8 +59,9 @@ def find_targets(
 class Log:
     """Outcomes as lines of a file. Each says of what it is, so that only those of the same thing count again."""
 
-    def __init__(self, file: Path, about: dict[str, str], resume: bool):
-        self.file, self.about = file, about
+    def __init__(self, file: Path, about: dict[str, str], resume: bool, where: str = ""):
+        """where: What the times are of, if not of kernels alone."""
+        self.file, self.about, self.where = file, about, where
         self.known: dict[str, dict[str, dict]] = {}
         if resume and file.exists():
             whole = "".join(file.read_text(encoding="utf-8").rpartition("\n")[:2])
@@ -74,11 +75,23 @@ class Log:
         module = importlib.import_module(f"swinfast.kernels.{target.kernel}")
         code = sorted(getattr(value, "cache_key", "") for value in vars(module).values() if hasattr(value, "cache_key"))
         versions = [self.about[name] for name in ("device", "torch", "triton")]
-        what = (target.kernel, target.sizes, target.precision, sorted(map(repr, (c.key for c in target.cases))))
+        what = (
+            target.kernel,
+            target.sizes,
+            target.precision,
+            sorted(map(repr, (c.key for c in target.cases))),
+            self.where,
+        )
         return hashlib.sha256(repr((what, code, versions)).encode()).hexdigest()[:16]
 
     def write(self, target: Target, config: str, outcome: str, **numbers: Any) -> None:
-        entry = {"target": self.key(target), "config": config, "outcome": outcome, **numbers, "what": str(target)}
+        entry = {
+            "target": self.key(target),
+            "config": config,
+            "outcome": outcome,
+            **numbers,
+            "what": f"{target} {self.where}".strip(),
+        }
         self.known.setdefault(entry["target"], {})[config] = entry
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry | self.about) + "\n")

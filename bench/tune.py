@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 from typing import NamedTuple
@@ -25,17 +26,19 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from swinfast.kernels.configs import FOLDER, MANY, Config, override, tile
+from swinfast.kernels.configs import FOLDER, MANY, Config, tile
 from swinfast.kernels.gate import ARCHS, Job, Measured, compile_ahead, job_of, problems
 from swinfast.kernels.launch import arch_of
 from swinfast.kernels.shapes import PRECISIONS
 from tabulate import tabulate
 
 from bench import OUT_OF_TIME
+from bench.alone import Bench, Crashed
 from bench.candidates import SIXTEEN_BITS, candidates
-from bench.cases import Case, Oracle, Wrong, call_arguments, inputs_of, launch_of, operation, tf32_setting
+from bench.cases import Wrong, launch_of, tf32_setting
 from bench.config_tables import Row, update
-from bench.forms import GAIN, form_rows, precisions_of, source_of, when_few
+from bench.forms import form_rows, precisions_of, source_of, when_few
+from bench.in_forward import in_forwards
 from bench.kernels import KERNELS, compilers, problem_of
 from bench.peaks import Timer, timer_of
 from bench.provenance import provenance
@@ -45,18 +48,11 @@ from swinfast.predict import resolve_device
 
 RESULTS = Path(__file__).parent / "results"
 FINALISTS = 3  # that run against the present choice
-ROUNDS = 5
-QUICK, LONG = 20, 40  # milliseconds of calls in one timing
-IN_GRAPHS = 8  # images, up to which kernels are timed in CUDA graphs, as they then run
+FEW_IMAGES = 8  # up to which kernels are timed in whole forwards
 AHEAD = 4  # targets whose candidates are being compiled
 COMPILE_WAIT = 60.0  # seconds for the candidates of one target: a compiler can take minutes over a hopeless one
-STICKY = ("CUDA error", "illegal memory access", "misaligned address", "device-side assert", "launch failure")
 
 Wait = Callable[[float], list[str]]
-
-
-class Crashed(Exception):
-    """The GPU's context is lost: only a new process can go on."""
 
 
 def compile_target(target: Target, tried: Sequence[Config], arch: str, pool: Pool | None) -> Wait:
@@ -92,55 +88,6 @@ def _refusals(jobs: Sequence[tuple[Job, AsyncResult]], deadline: float) -> list[
     return found
 
 
-class Bench:
-    """Checks and times configurations of one target."""
-
-    def __init__(self, target: Target, device: torch.device, timer: Timer):
-        self.target, self.device, self.timer = target, device, timer
-
-    def quick(self, tried: Sequence[Config], done: Callable[[Config, float | Exception], None]) -> None:
-        """Check each configuration on every case and time it once: microseconds in a forward, or what went wrong."""
-        totals: dict[int, float | Exception] = dict.fromkeys(range(len(tried)), 0.0)
-        for case in self.target.cases:
-            inputs = inputs_of(case, self.device)
-            with torch.no_grad(), tf32_setting(case.precision):
-                oracle = Oracle(case, inputs)
-                for index, config in enumerate(tried):
-                    if isinstance(totals[index], float):
-                        totals[index] = self._one(case, inputs, oracle, config, totals[index])
-                        if isinstance(totals[index], Crashed):
-                            done(config, totals[index])
-                            raise totals[index]
-        for config, total in zip(tried, totals.values(), strict=True):
-            done(config, total)
-
-    def _one(self, case: Case, inputs: dict, oracle: Oracle, config: Config, before: float) -> float | Exception:
-        with override(lambda *_: config):
-            try:
-                function, arguments = operation(case), call_arguments(case, inputs)
-                oracle.check(function(**arguments))
-                return before + 1e6 * case.calls * self.timer(lambda: function(**arguments), QUICK)
-            except Exception as error:  # a candidate that fails is skipped and named
-                sticky = any(text in str(error) for text in STICKY)
-                return Crashed(problem_of(error)) if sticky else error
-
-    def rounds(self, tried: Sequence[Config]) -> list[list[list[float]]]:
-        """Microseconds of one call by [configuration][case][round], the configurations taking turns."""
-        times = [[[] for _ in self.target.cases] for _ in tried]
-        for number, case in enumerate(self.target.cases):
-            inputs = inputs_of(case, self.device)
-            with torch.no_grad(), tf32_setting(case.precision):
-                for _ in range(ROUNDS):
-                    for index, config in enumerate(tried):
-                        times[index][number].append(self._long(case, inputs, config))
-        return times
-
-    def _long(self, case: Case, inputs: dict, config: Config) -> float:
-        with override(lambda *_: config):
-            function, arguments = operation(case), call_arguments(case, inputs)
-            return 1e6 * self.timer(lambda: function(**arguments), LONG)
-
-
 class Final(NamedTuple):
     """The outcome of a target: microseconds in a forward of the best configuration and of the present one."""
 
@@ -148,12 +95,12 @@ class Final(NamedTuple):
     us: float
     present_us: float | None  # None where the present one can't run or is wrong
     wins: bool
-    by_case: list[float]  # microseconds of one call of the best
+    by_case: list[float]  # microseconds of one call of the best, or of each forward with it
 
 
-def decide(target: Target, tried: Sequence[Config], times: Sequence[Sequence[Sequence[float]]], present: bool) -> Final:
+def decide(bench: Bench, tried: Sequence[Config], times: Sequence[Sequence[Sequence[float]]], present: bool) -> Final:
     """Which of the finalists wins. If present, the first of them is the present choice, which holds unless beaten."""
-    calls = [case.calls for case in target.cases]
+    calls = bench.calls
     medians = [[statistics.median(rounds) for rounds in one] for one in times]
     totals = [sum(n * us for n, us in zip(calls, one, strict=True)) for one in medians]
     best = min(range(len(tried)), key=totals.__getitem__)
@@ -164,7 +111,7 @@ def decide(target: Target, tried: Sequence[Config], times: Sequence[Sequence[Seq
         for index in (best, 0)
     )
     beaten = sum(one < other for one, other in zip(mine, theirs, strict=True))
-    wins = totals[best] < (1 - GAIN) * totals[0] and beaten >= len(mine) - 1
+    wins = totals[best] < (1 - bench.gain) * totals[0] and beaten >= len(mine) - 1
     best = best if wins else 0
     return Final(tried[best], totals[best], totals[0], wins, medians[best])
 
@@ -201,7 +148,7 @@ def tune_target(
     finalists = [tried[0], *rivals] if present else rivals
     if not finalists:
         return None
-    final = decide(target, finalists, bench.rounds(finalists), present)
+    final = decide(bench, finalists, bench.rounds(finalists), present)
     log.write(
         target, "final", "final", present=tile(tried[0]), best=tile(final.best), blocks=final.best.blocks,
         num_warps=final.best.num_warps, num_stages=final.best.num_stages, us=final.us, present_us=final.present_us,
@@ -220,9 +167,10 @@ def known_final(target: Target, log: Log) -> Final | None:
     return Final(best, entry["us"], entry["present_us"], wins, entry["by_case"])
 
 
-def row_of(target: Target, final: Final, about: dict[str, str], models: str) -> Row:
-    """A row of the table for a choice that wins."""
+def row_of(target: Target, final: Final, about: dict[str, str], models: str, where: str) -> Row:
+    """A row of the table for a choice that wins; where says what its times are of, nothing where they are its own."""
     rows = dict(target.sizes).get("rows", MANY)
+    time = f"{final.us:.1f} us {where}".strip()
     former = "none that runs" if final.present_us is None else f"{final.present_us:.1f} us of {tile(target.present)}"
     return {
         "kernel": target.kernel,
@@ -231,7 +179,7 @@ def row_of(target: Target, final: Final, about: dict[str, str], models: str) -> 
         "blocks": final.best.blocks,
         "num_warps": final.best.num_warps,
         "num_stages": final.best.num_stages,
-        "source": source_of(about, models, target.precision, f"{final.us:.1f} us against {former}"),
+        "source": source_of(about, models, target.precision, f"{time} against {former}"),
     }
 
 
@@ -277,9 +225,11 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[..., Timer] = tim
     gpu = device.type == "cuda"
     models = options.model or (["swinv2_cr_tiny_ns_224"] if gpu else ["small"])
     batch = options.batch or (256 if gpu else 1)
-    arch, timer = arch_of(device), timer_of(device, batch <= IN_GRAPHS)
+    in_forward = options.in_forward if options.in_forward is not None else gpu and batch <= FEW_IMAGES
+    arch, timer = arch_of(device), timer_of(device)
     about = provenance(device, "measured" if gpu else "interpreter")
-    log = Log(options.log or RESULTS / f"tune_{slug(about['device'])}.jsonl", about, options.resume)
+    where = "in a forward" if in_forward else ""
+    log = Log(options.log or RESULTS / f"tune_{slug(about['device'])}.jsonl", about, options.resume, where)
     table = options.table or (FOLDER / f"{arch}.json" if gpu else None)
     rows: list[Row] = []
 
@@ -289,21 +239,25 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[..., Timer] = tim
             update(table, new)
 
     targets = find_targets(models, batch, options.dtypes, arch, options.kernels)
+    if in_forward:
+        targets = [target for target in targets if target.in_use and "rows" in dict(target.sizes)]
+    bench_of = in_forwards(models, batch, device, timer) if in_forward else partial(Bench, device=device, timer=timer)
     print(f"{len(targets)} targets on {about['device']}, table {table or 'not written'}", flush=True)
     what = f"{' '.join(models)} batch {batch}"
     try:
         with compilers(device) as pool:
             finals, left = sweep(
-                targets, arch, options.candidates, lambda target: Bench(target, device, timer), pool, log, deadline,
-                lambda target, final: found(row_of(target, final, about, what)),
+                targets, arch, options.candidates, bench_of, pool, log, deadline,
+                lambda target, final: found(row_of(target, final, about, what, where)),
             )  # fmt: skip
     except Crashed as crash:
         minutes = f"{(deadline - time.monotonic()) / 60:.2f}"
         print(f"the GPU's context is lost ({crash}): going on in a new process", flush=True)
         os.execv(sys.executable, [sys.executable, "-m", "bench.tune", *argv, "--resume", "--minutes", minutes])
-    us = {c.key: one for target, final in finals for c, one in zip(target.cases, final.by_case, strict=True)}
-    for precision in options.dtypes:
-        found(*form_rows(models, batch, precision, arch, us, about))
+    if not in_forward:
+        us = {c.key: one for target, final in finals for c, one in zip(target.cases, final.by_case, strict=True)}
+        for precision in options.dtypes:
+            found(*form_rows(models, batch, precision, arch, us, about))
     print(report(finals))
     for row in rows:
         print(json.dumps(row))
@@ -330,6 +284,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=["float16"])
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--candidates", type=int, default=24, help="of each target at most (default: %(default)s)")
+    in_forward = f"time whole forwards with each candidate (default: on a GPU, at up to {FEW_IMAGES} images)"
+    parser.add_argument("--in-forward", action=argparse.BooleanOptionalAction, help=in_forward)
     parser.add_argument("--minutes", type=float, default=8.0, help="at most (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="count what the log has of an earlier run")
     parser.add_argument("--device", default="auto")

@@ -16,7 +16,7 @@ from swinfast.kernels.launch import record
 
 import swinfast
 from bench import OUT_OF_TIME, cases, kernels, overhead, peaks, sanitize
-from bench.cases import FORMS, Oracle, Wrong, call_arguments, cases_of, choose_forms, inputs_of, launch_of, meta_model
+from bench.cases import FORMS, Oracle, Wrong, call_arguments, cases_of, choose_forms, inputs_of, launch_of, model_named
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ OPTIONS = kernels.Options(CPU, lambda function, rep=0: 1e-3, eager=True, check_o
 CACHE_KEYS = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from bench.cases import cases_of, meta_model
+from bench.cases import cases_of, model_named
 from swinfast.kernels.gate import ARCHS, compile_ahead, job_of
 
 class Driver:
@@ -35,7 +35,7 @@ class Driver:
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)
 
 triton.runtime.driver.set_active(Driver())
-for case in cases_of(meta_model("small"), 2, "float16", "sm_90"):
+for case in cases_of(model_named("small"), 2, "float16", "sm_90"):
     if case.operation == "linear" and case.launch.kernel:
         launch, config = case.launch, case.launch.config
         assert not compile_ahead(job_of(launch, "sm_90", "float16")).error
@@ -51,7 +51,7 @@ for case in cases_of(meta_model("small"), 2, "float16", "sm_90"):
 
 def small(operation: str, precision: str = "float16", form: str = "apart", **has) -> cases.Case:
     """A case of an operation, in the second stage; has: arguments that it must have."""
-    found = cases_of(meta_model("small"), 3, precision, "sm_90", choose_forms(FORMS[form]))
+    found = cases_of(model_named("small"), 3, precision, "sm_90", choose_forms(FORMS[form]))
     wanted = (c for c in reversed(found) if c.operation == operation)
     return next(c for c in wanted if all(c.arguments[name] == value for name, value in has.items()))
 
@@ -62,9 +62,9 @@ def output_of(case: cases.Case, inputs: dict) -> torch.Tensor:
 
 
 def test_cases_are_those_of_the_model():
-    found = cases_of(meta_model(TINY), 8, "float16", "sm_90")
+    found = cases_of(model_named(TINY), 8, "float16", "sm_90")
     with record("sm_90") as launches, torch.no_grad():
-        swinfast.optimize(meta_model(TINY), dtype=torch.float16, backend="triton")(
+        swinfast.optimize(model_named(TINY), dtype=torch.float16, backend="triton")(
             torch.empty(8, 3, 224, 224, device="meta")
         )
     bias_tables = [one for one in launches if one.kernel and "cpb_bias" in one.kernel.fn.__module__]
@@ -80,7 +80,7 @@ def test_cases_are_those_of_the_model():
 @pytest.mark.parametrize(("form", "per_block"), [("fused", 2), ("partly", 5), ("apart", 7)])
 def test_every_composition_can_be_asked_for(form, per_block):
     """Attention in one kernel or 3 to 4, an MLP in one or 2 to 3, of 12 blocks; an embedding and 3 mergings of 2."""
-    model = meta_model(TINY)
+    model = model_named(TINY)
     found = cases_of(model, 2, "float16", "sm_90", choose_forms(FORMS[form]))
     assert sum(case.calls for case in found) == 7 + 12 * per_block
     usual, fused = (
@@ -310,7 +310,7 @@ def test_overhead(monkeypatch, tmp_path, capsys):
     assert overhead.main(["--model", "small", "--output", str(tmp_path / "out.csv")]) == 0
     with (tmp_path / "out.csv").open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
-    found = cases_of(meta_model("small"), 1, "float16", "sm_90")
+    found = cases_of(model_named("small"), 1, "float16", "sm_90")
     assert [(row["operation"], int(row["calls"])) for row in rows] == [(case.operation, case.calls) for case in found]
     assert all(float(row["host_us"]) > 0 for row in rows)
     assert {row["source"] for row in rows} == {"measured, without Triton's launch"}

@@ -1,5 +1,6 @@
 """The tuning sweep, with times that are made up: what it tries, what it writes, and how it goes on after a stop."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -12,9 +13,9 @@ from swinfast.kernels.configs import FOLDER, Config, config, tile
 from swinfast.kernels.gate import Measured
 from swinfast.kernels.patch_embed import patch_embed
 
-from bench import OUT_OF_TIME, config_tables, forms, tune
+from bench import OUT_OF_TIME, alone, config_tables, forms, in_forward, tune
 from bench.candidates import GRIDS, candidates
-from bench.cases import FORMS, cases_of, choose_forms, meta_model
+from bench.cases import FORMS, cases_of, choose_forms, model_named
 from bench.targets import Log, find_targets
 
 ABOUT = {"device": "a card", "torch": "1", "triton": "2", "source": "measured"}
@@ -41,8 +42,8 @@ def run(tmp_path):
 
     def run(timer, *options: str) -> tuple[int, Path, list[dict]]:
         table, log = tmp_path / "sm_90.json", tmp_path / "log.jsonl"
-        arguments = ["--kernels", "patch_embed", "--candidates", "5", "--table", str(table), "--log", str(log)]
-        status = tune.main([*arguments, *options], timer_of=lambda device, in_graphs: timer)
+        arguments = ["--kernels", "patch_embed", "--candidates", "7", "--table", str(table), "--log", str(log)]
+        status = tune.main([*arguments, *options], timer_of=lambda device: timer)
         configs.forget()
         return status, table, [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
@@ -103,6 +104,35 @@ def test_resume_within_a_target(run, tmp_path):
     assert len(new) == len([entry for entry in log if entry["outcome"] == "timed"]) - 2
 
 
+def test_in_a_forward(run, monkeypatch):
+    """A configuration is timed by forwards in which it alone is another, and wins by less than if it were alone."""
+    monkeypatch.setattr(in_forward, "ROUNDS", 2)
+    launched, others = [], []
+    for name in ("merge_norm", "patch_embed", "attention_block", "linear", "norm_residual", "window_attention"):
+        module = importlib.import_module(f"swinfast.kernels.{name}")
+
+        def launch(kernel, programs, x, *args, config, launch=module.launch, name=name, **constants):
+            launched.append(config)
+            if x.is_meta or name == "merge_norm":  # the others' answers are not looked at
+                launch(kernel, programs, x, *args, config=config, **constants)
+
+        monkeypatch.setattr(module, "launch", launch)
+
+    def timer(forward, rep):
+        launched.clear()
+        forward()
+        others.append(sum(one.num_warps == 2 and one.blocks != {"BLOCK_M": 2} for one in launched))
+        return 1e-4 - 1e-6 * any(one.num_warps == 2 and one.blocks == {"BLOCK_M": 2} for one in launched)
+
+    status, table, log = run(timer, "--in-forward", "--kernels", "merge_norm", "--candidates", "3")
+    assert status == 0
+    assert {entry["what"] for entry in log} == {"merge_norm channels=32 rows=64 float16 in a forward"}
+    (row,) = json.loads(table.read_text(encoding="utf-8"))
+    assert row["num_warps"] == 2 and row["when"] == {"channels": 32, "rows_max": 128}
+    assert "99.0 us in a forward against 100.0 us of 4 w1 s1" in row["source"]
+    assert len(others) == 4 + 2 * 4 and len(set(others)) == 1
+
+
 def test_without_time(run, capsys):
     _, table, _ = run(fewer_stages_are_faster, "--resume")
     table.unlink()
@@ -120,12 +150,12 @@ def test_wrong_and_failing_candidates_are_named(run, monkeypatch):
             raise RuntimeError("out of resource: shared memory\nand more")
         return out * 1.01 if chosen().num_stages == 3 else out
 
-    monkeypatch.setattr(tune, "operation", lambda case: operation)
+    monkeypatch.setattr(alone, "operation", lambda case: operation)
     _, table, log = run(fewer_stages_are_faster)
     found = {entry["config"]: entry["outcome"] for entry in log}
     assert found["64x16 w4 s2"] == "timed"
-    assert found["64x16 w4 s1 o"] == "failed: RuntimeError: out of resource: shared memory"
-    assert found["64x16 w4 s3 o"].startswith("wrong: rms error")
+    assert found["64x16 w4 s1"] == "failed: RuntimeError: out of resource: shared memory"
+    assert found["64x16 w4 s3"].startswith("wrong: rms error")
     assert found["final"] == "final"
     assert not table.exists()
 
@@ -141,9 +171,9 @@ def test_a_lost_context_goes_on_in_a_new_process(run, monkeypatch, tmp_path):
         raise SystemExit
 
     started: list[list[str]] = []
-    monkeypatch.setattr(tune, "operation", lambda case: operation)
+    monkeypatch.setattr(alone, "operation", lambda case: operation)
     monkeypatch.setattr(os, "execv", execv)
-    for _ in range(5):  # all but the last candidate lose it, the present choice among them
+    for _ in range(6):  # all but the last two candidates lose it, the present choice among them
         with pytest.raises(SystemExit):
             run(all_are_the_same, "--resume")
     status, _, log = run(all_are_the_same, "--resume")
@@ -151,8 +181,8 @@ def test_a_lost_context_goes_on_in_a_new_process(run, monkeypatch, tmp_path):
     assert started[0][1:3] == ["-m", "bench.tune"]
     assert started[0][-3] == "--resume" and started[0][-2] == "--minutes"
     crashed = [entry["config"] for entry in log if entry["outcome"].startswith("crashed")]
-    assert len(crashed) == 5 and len(set(crashed)) == 5  # none is tried again
-    assert log[-1]["best"] == "64x16 w4 s3 o" and log[-1]["present_us"] is None
+    assert len(crashed) == 6 and len(set(crashed)) == 6  # none is tried again
+    assert log[-1]["best"] == "64x16 w4 s3" and log[-1]["present_us"] is None
 
 
 def test_refused_candidates_are_not_run(tmp_path):
@@ -160,7 +190,7 @@ def test_refused_candidates_are_not_run(tmp_path):
     tried = candidates("patch_embed", dict(target.sizes), "float16", target.present, "sm_90", 2)
     log, ran = Log(tmp_path / "log", ABOUT, resume=False), []
 
-    class Bench(tune.Bench):
+    class Bench(alone.Bench):
         def quick(self, tried, done):
             ran.extend(tried)
             for one in tried:
@@ -192,10 +222,11 @@ def test_refused_candidates_are_not_run(tmp_path):
 def test_decide(times, wins, best):
     target = find_targets(["small"], 1, ["float16"], "sm_90", ["patch_embed"])[0]
     tried = [Config({"BLOCK_M": 1 << n, "BLOCK_K": 16}, 4, 1, "") for n in range(len(times))]
-    final = tune.decide(target, tried, [[one] for one in times], present=True)
+    bench = alone.Bench(target, CPU, all_are_the_same)
+    final = tune.decide(bench, tried, [[one] for one in times], present=True)
     assert (final.wins, final.best) == (wins, tried[best])
     assert final.present_us == 10
-    assert tune.decide(target, tried, [[one] for one in times], present=False).wins
+    assert tune.decide(bench, tried, [[one] for one in times], present=False).wins
 
 
 def test_compilers_say_why_a_candidate_is_refused(monkeypatch):
@@ -293,7 +324,7 @@ def test_a_written_table_is_used(monkeypatch, tmp_path):
 
 
 def times_of(fused: float, other: float, batch: int = 256) -> dict:
-    model, us = meta_model("small"), {}
+    model, us = model_named("small"), {}
     for choice in (None, *map(choose_forms, FORMS.values())):
         for case in cases_of(model, batch, "float16", "sm_90", choice):
             us[case.key] = fused if case.operation in ("attention_block", "mlp_block") else other
