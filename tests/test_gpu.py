@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from helpers import random_images, randomise, relative_rms, small_model_args
+from helpers import make, random_images, randomise, relative_rms, small_model_args
 from kernel_helpers import CAN_OVERLAP
 from swinfast.kernels import configs
 from swinfast.kernels.configs import Config, config
@@ -27,8 +27,8 @@ OPTIONS = {
 }
 
 
-def make(timm, **overrides):
-    model = randomise(timm.create_model("swinv2_cr_tiny_224", **small_model_args(**overrides))).eval().cuda()
+def model_and_images(timm, **overrides):
+    model = make(timm, small_model_args(**overrides), "timm").cuda()
     size = model.img_size
     return model, random_images(4, 3, *size).cuda()
 
@@ -36,7 +36,7 @@ def make(timm, **overrides):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(timm, name, dtype):
-    model, images = make(timm, **OPTIONS[name])
+    model, images = model_and_images(timm, **OPTIONS[name])
     outcome = swinfast.verify(model, swinfast.optimize(model, dtype=dtype), images)
     assert outcome.passed, outcome
 
@@ -49,7 +49,7 @@ def test_full_size(timm, dtype):
 
 
 def test_moving_between_devices(timm):
-    model, images = make(timm)
+    model, images = model_and_images(timm)
     fast = swinfast.optimize(model)
     with torch.no_grad():
         expected = fast(images)
@@ -58,7 +58,7 @@ def test_moving_between_devices(timm):
 
 
 def test_edits_and_gradients(timm):
-    model, images = (either.double() for either in make(timm))
+    model, images = (either.double() for either in model_and_images(timm))
     fast = swinfast.optimize(model)
     fast(images)
     gradients = []
@@ -71,7 +71,7 @@ def test_edits_and_gradients(timm):
 
 
 def test_streams_and_threads(timm):
-    model, images = make(timm)
+    model, images = model_and_images(timm)
     fast = swinfast.optimize(model)
     with torch.no_grad():
         expected = fast(images)
@@ -94,7 +94,7 @@ def test_streams_and_threads(timm):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(timm, dtype):
-    model, images = make(timm)
+    model, images = model_and_images(timm)
     fast = swinfast.optimize(model)
     with torch.no_grad():
         exact = model.double()(images.double())
@@ -105,7 +105,7 @@ def test_autocast(timm, dtype):
 
 
 def test_uint8_images(timm):
-    model, _ = make(timm)
+    model, _ = model_and_images(timm)
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, device="cuda")
     mean, std = (torch.tensor(model.pretrained_cfg[key], device="cuda")[:, None, None] for key in ("mean", "std"))
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_uint8_images(timm):
 
 
 def test_compile(timm):
-    model, images = make(timm)
+    model, images = model_and_images(timm)
     compiled = torch.compile(swinfast.optimize(model), fullgraph=True)
     with torch.no_grad():
         assert relative_rms(compiled(images), model(images)) <= 1e-4
@@ -121,7 +121,7 @@ def test_compile(timm):
 
 def test_captured_by_the_caller(timm):
     """In somebody else's CUDA graph the kernels are launched one by one, and edits of weights are seen by replays."""
-    model, images = make(timm)
+    model, images = model_and_images(timm)
     fast = swinfast.optimize(model)
     static = images.clone()
     graph = torch.cuda.CUDAGraph()
@@ -142,7 +142,7 @@ def test_captured_by_the_caller(timm):
 
 def test_pixels_captured_by_the_caller(timm):
     """uint8 images need their mean and std on the GPU, where a capture allows no copy from the host."""
-    model, images = make(timm)
+    model, images = model_and_images(timm)
     fast = swinfast.optimize(model, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
     static = (images * 50 + 128).clamp(0, 255).to(torch.uint8)
     graph = torch.cuda.CUDAGraph()
@@ -158,7 +158,7 @@ def test_pixels_captured_by_the_caller(timm):
 
 def test_captured_by_the_caller_without_tables(timm):
     """Tables that are not there yet become a part of that graph, and of nothing else."""
-    model, images = make(timm)
+    model, images = model_and_images(timm)
     fast = swinfast.optimize(model)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_captured_by_the_caller_without_tables(timm):
 
 def test_graphs_after_all_others_are_gone(timm):
     """Their memory pool went with them."""
-    model, images = make(timm)
+    model, images = model_and_images(timm)
     for _ in range(3):
         fast = swinfast.optimize(model)
         for _ in range(3):
@@ -190,7 +190,7 @@ def test_graphs_after_all_others_are_gone(timm):
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_a_warm_forward_allocates_its_output_and_nothing_else(timm, cuda_graphs):
-    model, images = make(timm)
+    model, images = model_and_images(timm)
     fast = swinfast.optimize(model, cuda_graphs=cuda_graphs)
     x = fast.patch_embed(images).detach()
     with torch.no_grad():
@@ -263,6 +263,6 @@ def test_offsets_beyond_32_bits():
     with torch.no_grad():
         got = window_attention(qkv, bias, logit_scale, table, [7, 7], [3, 3])
         alone = window_attention(qkv[-1:].clone(), bias, logit_scale, table, [7, 7], [3, 3])
-        assert torch.equal(got[-1:], alone)
+        assert relative_rms(got[-1:], alone) <= 1e-3
         weight = torch.randn(32, 288, **size)
         assert relative_rms(linear(qkv, weight, None)[-1:], linear(qkv[-1:].clone(), weight, None)) <= 1e-3
