@@ -25,7 +25,7 @@ def optimize(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Module:
-    """A faster model with the same answers, class, methods and state_dict.
+    """A faster model with the same answers, methods and state_dict, of the same class or one derived from it.
 
     Every supported module is replaced wherever it sits: in a bare classifier, a features_only model, a backbone inside
     something larger. In eval mode the fused computation runs, with or without grad mode; in training mode the original
@@ -35,9 +35,9 @@ def optimize(
         model: The model; it is left untouched unless inplace.
         dtype: Dtype to convert the copy to (torch.float32, bfloat16, float16, float64), None to leave it.
         backend: "auto" for the best one for the tensors' device, "torch" or "triton" to force one.
-        cuda_graphs: Whether the launches of all stages are one CUDA graph, for each size and stream that is seen twice.
-            "auto" for sizes where launching would take longer than computing, True for all, False for none. Stages
-            that PyTorch computes are launched one by one.
+        cuda_graphs: Whether all launches of a classifier, or of stages that are called by themselves, are one CUDA
+            graph, for each size and stream that is seen twice. "auto" for sizes where launching would take longer than
+            computing, True for all, False for none. Stages that PyTorch computes are launched one by one.
         inplace: Replace in the model itself and return it, in place of a deep copy.
         mean, std: Per channel, to normalise uint8 images with, for pixel values in 0..1; by default those of the
             model's config (``pretrained_cfg``), where it has one, and of an optimised model those that it has.
