@@ -2,8 +2,8 @@
 
     x and y [rows, C], fc1 [hidden, C], fc2 [C, hidden]; sums, GELU and norms in float32.
 
-One program keeps whole rows of x and of the result and goes through the hidden layer in chunks, so the hidden
-activations never leave it. That is for few channels; for more, linear, linear and norm_residual.
+One program keeps whole rows of the result and goes through the hidden layer in chunks, so the hidden activations never
+leave it. That is for few channels; for more, linear, linear and norm_residual.
 Definition: reference.ops.mlp_block.
 """
 
@@ -25,7 +25,7 @@ from .launch import (
     precision,
     precision_name,
 )
-from .tiles import add_rows, add_vector, begin, dot, gelu, layer_norm, load_rows, load_transposed, store_rows, zeros
+from .tiles import add_rows, begin, dot, gelu, in_each_row, layer_norm, load_rows, load_transposed, store_rows
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -60,15 +60,16 @@ def _mlp_block_kernel(
     inside = row < rows
     offset = row.to(tl.int64) * C
     tiles = load_rows(x + offset, inside, C, TILE, COUNT)
-    acc = zeros(BLOCK_M, TILE, COUNT)
+    acc = ()
+    for i in tl.static_range(COUNT):
+        acc = acc + (in_each_row(fc2_bias, i * TILE + tl.arange(0, TILE), C, BLOCK_M, TILE * COUNT == C),)
     for start in range(0, HIDDEN, BLOCK_HIDDEN):
         unit = start + tl.arange(0, BLOCK_HIDDEN)
-        hidden = tl.zeros((BLOCK_M, BLOCK_HIDDEN), tl.float32)
+        hidden = in_each_row(fc1_bias, unit, HIDDEN, BLOCK_M, WHOLE)
         for i in tl.static_range(COUNT):
             column = i * TILE + tl.arange(0, TILE)
             w = load_transposed(fc1_weight, unit, column, HIDDEN, C, WHOLE)
             hidden = dot(tiles[i].to(w.dtype), w, hidden, PRECISION)
-        hidden += tl.load(fc1_bias + unit, mask=unit < HIDDEN, other=0.0).to(tl.float32)[None, :]
         activated = gelu(hidden, EXACT_GELU).to(fc2_weight.dtype.element_ty)
         summed = ()
         for i in tl.static_range(COUNT):
@@ -76,8 +77,8 @@ def _mlp_block_kernel(
             w = load_transposed(fc2_weight, column, unit, C, HIDDEN, WHOLE)
             summed = summed + (dot(activated, w, acc[i], PRECISION),)
         acc = summed
-    acc = add_vector(acc, fc2_bias, C, TILE, COUNT)
     acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
+    tiles = load_rows(x + offset, inside, C, TILE, COUNT, AGAIN=True)
     acc = add_rows(acc, tiles, COUNT)
     if EXTRA_NORM:
         acc = layer_norm(acc, extra_weight, extra_bias, extra_eps, C, TILE, COUNT)

@@ -94,6 +94,16 @@ def zeros(ROWS: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def in_each_row(vector, column, C: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr):
+    """Columns of a vector [C] in each of ROWS rows, in float32; WHOLE says that none is past its end."""
+    if WHOLE:
+        values = tl.load(vector + column)
+    else:
+        values = tl.load(vector + column, mask=column < C, other=0.0)
+    return tl.broadcast_to(values.to(tl.float32)[None, :], (ROWS, column.shape[0]))
+
+
+@triton.jit
 def load_rows(rows, inside, C: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr, AGAIN: tl.constexpr = False):
     """rows: pointers to the starts of rows; inside: which of them exist, the others are zero.
 

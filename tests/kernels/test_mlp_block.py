@@ -104,8 +104,8 @@ def test_errors():
 # fmt: off
 MUTANTS = {
     "residual left out": ("tiny", module, "acc = add_rows", "_ = add_rows"),
-    "no hidden bias": ("tiny", module, "hidden += tl.load", "_ = tl.load"),
-    "no bias": ("tiny", module, "acc = add_vector", "_ = add_vector"),
+    "no hidden bias": ("tiny", module, "hidden = in_each_row(", "hidden = 0 * in_each_row("),
+    "no bias": ("tiny", module, "acc + (in_each_row(", "acc + (0 * in_each_row("),
     "no norm": ("tiny", module, "acc = layer_norm(acc, norm", "_ = layer_norm(acc, norm"),
     "no second norm": ("second norm", module, "if EXTRA_NORM:", "if False:"),
     "second norm with the first's eps": ("second norm", module, "extra_bias, extra_eps, C", "extra_bias, eps, C"),
@@ -114,8 +114,8 @@ MUTANTS = {
     "fast GELU in float32": ("tiny", module, "gelu(hidden, EXACT_GELU)", "gelu(hidden, False)"),
     "tanh GELU": ("tiny", tiles, "0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))",
                   "x * tl.sigmoid(1.5957691216 * (x + 0.044715 * x * x * x))"),
-    "edges of W not masked": ("tails", tiles, "if WHOLE:", "if True:"),
-    "edges of the hidden bias": ("tails", module, "fc1_bias + unit, mask=unit < HIDDEN, other=0.0", "fc1_bias + unit"),
+    "edges of W not masked": ("tails", tiles, "if WHOLE:\n        tile", "if True:\n        tile"),
+    "edges of vectors not masked": ("tails", tiles, "vector + column, mask=column < C, other=0.0", "vector + column"),
     "rows not masked": ("tails", module, "inside = row < rows", "inside = row < rows + 1"),
     "one chunk of hidden units":
         ("tiny", module, "range(0, HIDDEN, BLOCK_HIDDEN)", "range(0, BLOCK_HIDDEN, BLOCK_HIDDEN)"),
