@@ -18,7 +18,7 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "norm_residual": {"BLOCK_M": (1, 2, 4, 8, 16, 32), "num_warps": (1, 2, 4, 8), "num_stages": (1,)},
     "mlp_block": {
-        "BLOCK_M": (16, 32, 64, 128), "BLOCK_HIDDEN": (16, 32, 64, 128), "num_warps": (4, 8, 16),
+        "BLOCK_M": (16, 32, 64, 128), "BLOCK_HIDDEN": (16, 32, 64, 128), "AHEAD": (0, 1, 2), "num_warps": (4, 8, 16),
         "num_stages": (1, 2, 3),
     },
     "patch_embed": {
@@ -70,7 +70,7 @@ def candidates(
     found = []
     for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
-        usual = {"IMAGES": 1, "PER_UNIT": 0, "TILE": grid.get("TILE", (0,))[0]}  # what a row need not say
+        usual = {"IMAGES": 1, "PER_UNIT": 0, "AHEAD": 0, "TILE": grid.get("TILE", (0,))[0]}  # what a row need not say
         blocks = {name: size for name, size in settings.items() if name not in LAUNCH and size != usual.get(name)}
         for option in options:
             candidate = Config(blocks | option, settings["num_warps"], settings["num_stages"], "a candidate")
@@ -136,5 +136,5 @@ def _distance(one: Config, other: Config) -> float:
     sizes = {name: size for name, size in one.blocks.items() if name not in NO_SIZES}
     steps = sum(abs(math.log2(size / other.blocks.get(name, size))) for name, size in sizes.items())
     steps += one.blocks.get("maxnreg") != other.blocks.get("maxnreg")
-    steps += sum((name in one.blocks) != (name in other.blocks) for name in ("PER_UNIT", "IMAGES"))
+    steps += sum((name in one.blocks) != (name in other.blocks) for name in ("PER_UNIT", "IMAGES", "AHEAD"))
     return steps + abs(math.log2(one.num_warps / other.num_warps)) + abs(one.num_stages - other.num_stages)

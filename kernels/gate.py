@@ -30,6 +30,7 @@ PRODUCTS = {  # matrix instructions by what their text in the assembly is
 }
 DERIVED = {
     "TILE", "COUNT", "PRECISION", "LOG2_E", "EXACT_GELU", "HAS_BIAS", "BLOCK", "BLOCK_D", "BLOCK_HIDDEN", "IMAGES",
+    "AHEAD",
 }  # fmt: skip
 TENSOR_MEMORY = 512  # columns
 WAIT = "griddepcontrol.wait"  # for the kernel before an overlapped one

@@ -28,6 +28,39 @@ from .launch import (
 from .tiles import add_rows, begin, dot, gelu, in_each_row, layer_norm, load_rows, load_transposed, store_rows
 
 
+@triton.jit
+def _fc1(
+    tiles, weight, bias, start,
+    C: tl.constexpr, HIDDEN: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+    BIAS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """The hidden layer's chunk from start on, before its GELU."""
+    unit = start + tl.arange(0, BLOCK_HIDDEN)
+    added = in_each_row(bias, unit, HIDDEN, tiles[0].shape[0], WHOLE)
+    hidden = added if BIAS_FIRST else tl.zeros_like(added)
+    for i in tl.static_range(len(tiles)):
+        column = i * tiles[i].shape[1] + tl.arange(0, tiles[i].shape[1])
+        w = load_transposed(weight, unit, column, HIDDEN, C, WHOLE)
+        hidden = dot(tiles[i].to(w.dtype), w, hidden, PRECISION)
+    return hidden if BIAS_FIRST else hidden + added
+
+
+@triton.jit
+def _fc2(
+    acc, activated, weight, start,
+    C: tl.constexpr, HIDDEN: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc and what the hidden layer's chunk from start on, after its GELU, adds to it."""
+    unit = start + tl.arange(0, activated.shape[1])
+    activated = activated.to(weight.dtype.element_ty)
+    summed = ()
+    for i in tl.static_range(len(acc)):
+        column = i * acc[i].shape[1] + tl.arange(0, acc[i].shape[1])
+        w = load_transposed(weight, column, unit, C, HIDDEN, WHOLE)
+        summed = summed + (dot(activated, w, acc[i], PRECISION),)
+    return summed
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _mlp_block_kernel(
     x,  # [rows, C]
@@ -52,10 +85,21 @@ def _mlp_block_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
+    AHEAD: tl.constexpr = 0,
     OVERLAPPED: tl.constexpr = False,
 ):
+    """AHEAD: by how many chunks fc1 is ahead of fc2.
+
+    With 1, a chunk gets its GELU while the tensor cores multiply the chunk before it by fc2; with 2, also while they
+    multiply the chunk after it by fc1. Either takes the registers of one more chunk.
+    """
     begin(OVERLAPPED)
-    WHOLE: tl.constexpr = TILE * COUNT == C and HIDDEN % BLOCK_HIDDEN == 0
+    COVER: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
+    END: tl.constexpr = (COVER if COVER > AHEAD else AHEAD) * BLOCK_HIDDEN  # what is past HIDDEN adds zeros
+    WHOLE: tl.constexpr = TILE * COUNT == C and HIDDEN == END
+    # Products begin with the bias, which saves an addition. Not so where they go on during a GELU: the compiler would
+    # then wait for each of them.
+    BIAS_FIRST: tl.constexpr = AHEAD < 2
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     offset = row.to(tl.int64) * C
@@ -63,20 +107,33 @@ def _mlp_block_kernel(
     acc = ()
     for i in tl.static_range(COUNT):
         acc = acc + (in_each_row(fc2_bias, i * TILE + tl.arange(0, TILE), C, BLOCK_M, TILE * COUNT == C),)
-    for start in range(0, HIDDEN, BLOCK_HIDDEN):
-        unit = start + tl.arange(0, BLOCK_HIDDEN)
-        hidden = in_each_row(fc1_bias, unit, HIDDEN, BLOCK_M, WHOLE)
-        for i in tl.static_range(COUNT):
-            column = i * TILE + tl.arange(0, TILE)
-            w = load_transposed(fc1_weight, unit, column, HIDDEN, C, WHOLE)
-            hidden = dot(tiles[i].to(w.dtype), w, hidden, PRECISION)
-        activated = gelu(hidden, EXACT_GELU).to(fc2_weight.dtype.element_ty)
-        summed = ()
-        for i in tl.static_range(COUNT):
-            column = i * TILE + tl.arange(0, TILE)
-            w = load_transposed(fc2_weight, column, unit, C, HIDDEN, WHOLE)
-            summed = summed + (dot(activated, w, acc[i], PRECISION),)
-        acc = summed
+    if AHEAD == 0:
+        for start in range(0, END, BLOCK_HIDDEN):
+            hidden = _fc1(tiles, fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
+            activated = gelu(hidden, EXACT_GELU)
+            acc = _fc2(acc, activated, fc2_weight, start, C, HIDDEN, WHOLE, PRECISION)
+    else:
+        hidden = _fc1(tiles, fc1_weight, fc1_bias, 0, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
+        activated = gelu(hidden, EXACT_GELU)
+        if AHEAD == 1:
+            for start in range(BLOCK_HIDDEN, END, BLOCK_HIDDEN):
+                hidden = _fc1(tiles, fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
+                acc = _fc2(acc, activated, fc2_weight, start - BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION)
+                activated = gelu(hidden, EXACT_GELU)
+        else:
+            hidden = _fc1(
+                tiles, fc1_weight, fc1_bias, BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST
+            )
+            for start in range(2 * BLOCK_HIDDEN, END, BLOCK_HIDDEN):
+                following = _fc1(
+                    tiles, fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST
+                )
+                acc = _fc2(acc, activated, fc2_weight, start - 2 * BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION)
+                activated = gelu(hidden, EXACT_GELU)
+                hidden = following
+            acc = _fc2(acc, activated, fc2_weight, END - 2 * BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION)
+            activated = gelu(hidden, EXACT_GELU)
+        acc = _fc2(acc, activated, fc2_weight, END - BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION)
     acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
     tiles = load_rows(x + offset, inside, C, TILE, COUNT, AGAIN=True)
     acc = add_rows(acc, tiles, COUNT)

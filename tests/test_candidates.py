@@ -23,7 +23,7 @@ def test_candidates(kernel):
     found = candidates(kernel, sizes, "float16", present, "sm_90", 1000)
     assert found[0] is present
     assert len({tile(one) for one in found}) == len(found) >= 9
-    optional = {"TILE", "IMAGES", "PER_UNIT", *NO_SIZES}
+    optional = {"TILE", "IMAGES", "PER_UNIT", "AHEAD", *NO_SIZES}
     keys = {frozenset(one.blocks.keys() - optional) for one in found if one is not LIBRARY}
     assert keys == {frozenset(present.blocks.keys() - optional)}
     assert (LIBRARY in found) == (kernel == "linear")
@@ -42,6 +42,7 @@ def test_candidates(kernel):
         ("window_attention", {"tokens": 49, "block_d": 32}, "64x64x8 w4 s3 o"),
         ("mlp_block", {"channels": 96, "stream_bytes": 2, "rows": 1 << 20}, "128x32 w4 s2"),
         ("mlp_block", {"channels": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x32 w8 s3"),
+        ("mlp_block", {"channels": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x64x2 w8 s3"),
         ("linear_norm_residual", {"channels": 192, "k": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x64 w4 s2"),
         ("attention_block", {"channels": 192, "tokens": 64, "stream_bytes": 2}, "- w4 s1"),
         ("window_attention", {"tokens": 49, "block_d": 32}, "64x64x4 w4 s3"),
@@ -65,7 +66,7 @@ def test_limits_of_registers():
         tried = candidates("mlp_block", sizes, "float16", own, arch, 1000)[1:]
         near = [one for one in tried if one.blocks.items() >= blocks.items() and one[1:3] == own[1:3]]
         assert all(one in near for one in tried if "maxnreg" in one.blocks)
-        return [one.blocks.get("maxnreg") for one in near if not {"TILE", "OVERLAPPED"} & one.blocks.keys()]
+        return [one.blocks.get("maxnreg") for one in near if not {"TILE", "AHEAD", "OVERLAPPED"} & one.blocks.keys()]
 
     assert limits({}) == list(REGISTERS[4])
     assert limits({"maxnreg": 96}) == [None, 128, 168]

@@ -21,7 +21,7 @@ BLOCKS = {
 }
 OPTIONAL = {  # and what has a value by default
     "linear_norm_residual": {"TILE"},
-    "mlp_block": {"TILE"},
+    "mlp_block": {"TILE", "AHEAD"},
     "attention_block": {"TILE"},
     "window_attention": {"IMAGES"},
     "linear": {"PER_UNIT"},

@@ -34,6 +34,7 @@ CASES = {  # shape of x, hidden, second norm
     "tails": ((3, 5, 44), 110, True),
     "wide": ((2, 352), 36, False),
     "one": ((1, 2), 1, False),
+    "one chunk": ((33, 32), 16, True),
 }
 
 
@@ -64,11 +65,22 @@ def test_odd_shapes(rows, channels, hidden, extra, dtype):
     check(module.mlp_block, reference, arguments((rows, channels), hidden, extra, dtype), dtype)
 
 
+@each_dtype
+@pytest.mark.parametrize("ahead", [1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_ahead(name, ahead, dtype):
+    """Many chunks, with a part of one and without, and fewer than fc1 would be ahead."""
+    with blocks(BLOCK_M=32, BLOCK_HIDDEN=16, AHEAD=ahead):
+        check(module.mlp_block, reference, arguments(*CASES[name], dtype), dtype)
+
+
+@pytest.mark.parametrize("ahead", [{}, {"AHEAD": 1}, {"AHEAD": 2}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_stream_in_float32(dtype):
+def test_stream_in_float32(dtype, ahead):
     args = arguments(*CASES["tails"])
     args |= cast({name: value for name, value in args.items() if name.startswith("fc")}, dtype)
-    check_mixed(module.mlp_block, reference, args, dtype)
+    with blocks(BLOCK_M=32, BLOCK_HIDDEN=32, **ahead):
+        check_mixed(module.mlp_block, reference, args, dtype)
 
 
 @each_dtype
@@ -104,7 +116,7 @@ def test_errors():
 # fmt: off
 MUTANTS = {
     "residual left out": ("tiny", module, "acc = add_rows", "_ = add_rows"),
-    "no hidden bias": ("tiny", module, "hidden = in_each_row(", "hidden = 0 * in_each_row("),
+    "no hidden bias": ("tiny", module, "added if BIAS_FIRST else tl.zeros_like(added)", "tl.zeros_like(added)"),
     "no bias": ("tiny", module, "acc + (in_each_row(", "acc + (0 * in_each_row("),
     "no norm": ("tiny", module, "acc = layer_norm(acc, norm", "_ = layer_norm(acc, norm"),
     "no second norm": ("second norm", module, "if EXTRA_NORM:", "if False:"),
@@ -118,7 +130,18 @@ MUTANTS = {
     "edges of vectors not masked": ("tails", tiles, "vector + column, mask=column < C, other=0.0", "vector + column"),
     "rows not masked": ("tails", module, "inside = row < rows", "inside = row < rows + 1"),
     "one chunk of hidden units":
-        ("tiny", module, "range(0, HIDDEN, BLOCK_HIDDEN)", "range(0, BLOCK_HIDDEN, BLOCK_HIDDEN)"),
+        ("tiny", module, "range(0, END, BLOCK_HIDDEN)", "range(0, BLOCK_HIDDEN, BLOCK_HIDDEN)"),
+}
+MUTANTS_AHEAD = {
+    "no hidden bias": (2, "tiny", "return hidden if BIAS_FIRST else hidden + added", "return hidden"),
+    "hidden bias twice": (1, "tiny", "BIAS_FIRST else hidden", "not BIAS_FIRST else hidden"),
+    "weights of another chunk": (1, "tiny", "fc2_weight, start - BLOCK_HIDDEN", "fc2_weight, start"),
+    "weights of the chunk between": (2, "tiny", "start - 2 * BLOCK_HIDDEN", "start - BLOCK_HIDDEN"),
+    "first chunk of fc1 again": (2, "tiny", "fc1_bias, BLOCK_HIDDEN, C", "fc1_bias, 0, C"),
+    "a chunk never gets its GELU": (2, "tiny", "hidden = following", "_ = following"),
+    "last weights for the chunk before": (2, "tiny", "END - 2 * BLOCK_HIDDEN", "END - BLOCK_HIDDEN"),
+    "first weights for the last chunk": (1, "tiny", "fc2_weight, END - BLOCK_HIDDEN", "fc2_weight, 0"),
+    "chunk past the last one not masked": (2, "one chunk", "HIDDEN == END", "HIDDEN == COVER * BLOCK_HIDDEN"),
 }
 # fmt: on
 
@@ -128,3 +151,10 @@ def test_mutants_fail(name, tmp_path):
     case, *change = MUTANTS[name]
     with blocks(BLOCK_M=32, BLOCK_HIDDEN=16):
         assert_fails(mutant(tmp_path, module, *change).mlp_block, reference, arguments(*CASES[case]))
+
+
+@pytest.mark.parametrize("name", MUTANTS_AHEAD)
+def test_mutants_ahead_fail(name, tmp_path):
+    ahead, case, *change = MUTANTS_AHEAD[name]
+    with blocks(BLOCK_M=32, BLOCK_HIDDEN=16, AHEAD=ahead):
+        assert_fails(mutant(tmp_path, module, module, *change).mlp_block, reference, arguments(*CASES[case]))
