@@ -38,26 +38,33 @@ def _fc1(
     unit = start + tl.arange(0, BLOCK_HIDDEN)
     added = in_each_row(bias, unit, HIDDEN, tiles[0].shape[0], WHOLE)
     hidden = added if BIAS_FIRST else tl.zeros_like(added)
+    w = ()  # all tiles of it first, so that before a loop one wait is for them all
     for i in tl.static_range(len(tiles)):
         column = i * tiles[i].shape[1] + tl.arange(0, tiles[i].shape[1])
-        w = load_transposed(weight, unit, column, HIDDEN, C, WHOLE)
-        hidden = dot(tiles[i].to(w.dtype), w, hidden, PRECISION)
+        w = w + (load_transposed(weight, unit, column, HIDDEN, C, WHOLE),)
+    for i in tl.static_range(len(tiles)):
+        hidden = dot(tiles[i].to(w[i].dtype), w[i], hidden, PRECISION)
     return hidden if BIAS_FIRST else hidden + added
 
 
 @triton.jit
 def _fc2(
     acc, activated, weight, start,
-    C: tl.constexpr, HIDDEN: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, HIDDEN: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, IN_LOOP: tl.constexpr,
 ):  # fmt: skip
     """acc and what the hidden layer's chunk from start on, after its GELU, adds to it."""
     unit = start + tl.arange(0, activated.shape[1])
     activated = activated.to(weight.dtype.element_ty)
+    w = ()
+    if not IN_LOOP:  # as in fc1; in the loop, where weights are asked for a turn before, that would take registers
+        for i in tl.static_range(len(acc)):
+            column = i * acc[i].shape[1] + tl.arange(0, acc[i].shape[1])
+            w = w + (load_transposed(weight, column, unit, C, HIDDEN, WHOLE),)
     summed = ()
     for i in tl.static_range(len(acc)):
         column = i * acc[i].shape[1] + tl.arange(0, acc[i].shape[1])
-        w = load_transposed(weight, column, unit, C, HIDDEN, WHOLE)
-        summed = summed + (dot(activated, w, acc[i], PRECISION),)
+        tile = load_transposed(weight, column, unit, C, HIDDEN, WHOLE) if IN_LOOP else w[i]
+        summed = summed + (dot(activated, tile, acc[i], PRECISION),)
     return summed
 
 
@@ -100,10 +107,11 @@ def _mlp_block_kernel(
     # Products begin with the bias, which saves an addition. Not so where they go on during a GELU: the compiler would
     # then wait for each of them.
     BIAS_FIRST: tl.constexpr = AHEAD < 2
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = row < rows
-    offset = row.to(tl.int64) * C
-    tiles = load_rows(x + offset, inside, C, TILE, COUNT)
+    first = tl.program_id(0) * BLOCK_M
+    row = tl.arange(0, BLOCK_M)
+    inside = first + row < rows
+    first = first.to(tl.int64) * C  # the one 64-bit number, for all rows
+    tiles = load_rows(x + first + row * C, inside, C, TILE, COUNT)
     acc = ()
     for i in tl.static_range(COUNT):
         acc = acc + (in_each_row(fc2_bias, i * TILE + tl.arange(0, TILE), C, BLOCK_M, TILE * COUNT == C),)
@@ -111,14 +119,14 @@ def _mlp_block_kernel(
         for start in range(0, END, BLOCK_HIDDEN):
             hidden = _fc1(tiles, fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
             activated = gelu(hidden, EXACT_GELU)
-            acc = _fc2(acc, activated, fc2_weight, start, C, HIDDEN, WHOLE, PRECISION)
+            acc = _fc2(acc, activated, fc2_weight, start, C, HIDDEN, WHOLE, PRECISION, True)
     else:
         hidden = _fc1(tiles, fc1_weight, fc1_bias, 0, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
         activated = gelu(hidden, EXACT_GELU)
         if AHEAD == 1:
             for start in range(BLOCK_HIDDEN, END, BLOCK_HIDDEN):
                 hidden = _fc1(tiles, fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
-                acc = _fc2(acc, activated, fc2_weight, start - BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION)
+                acc = _fc2(acc, activated, fc2_weight, start - BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, True)
                 activated = gelu(hidden, EXACT_GELU)
         else:
             hidden = _fc1(
@@ -128,18 +136,18 @@ def _mlp_block_kernel(
                 following = _fc1(
                     tiles, fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST
                 )
-                acc = _fc2(acc, activated, fc2_weight, start - 2 * BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION)
+                acc = _fc2(acc, activated, fc2_weight, start - 2 * BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, True)
                 activated = gelu(hidden, EXACT_GELU)
                 hidden = following
-            acc = _fc2(acc, activated, fc2_weight, END - 2 * BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION)
+            acc = _fc2(acc, activated, fc2_weight, END - 2 * BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, False)
             activated = gelu(hidden, EXACT_GELU)
-        acc = _fc2(acc, activated, fc2_weight, END - BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION)
+        acc = _fc2(acc, activated, fc2_weight, END - BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, False)
     acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
-    tiles = load_rows(x + offset, inside, C, TILE, COUNT, AGAIN=True)
+    tiles = load_rows(x + first + row * C, inside, C, TILE, COUNT, AGAIN=True)
     acc = add_rows(acc, tiles, COUNT)
     if EXTRA_NORM:
         acc = layer_norm(acc, extra_weight, extra_bias, extra_eps, C, TILE, COUNT)
-    store_rows(out + offset, acc, inside, C, TILE, COUNT)
+    store_rows(out + first + row * C, acc, inside, C, TILE, COUNT)
 
 
 @operator

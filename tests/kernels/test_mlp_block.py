@@ -128,7 +128,7 @@ MUTANTS = {
                   "x * tl.sigmoid(1.5957691216 * (x + 0.044715 * x * x * x))"),
     "edges of W not masked": ("tails", tiles, "if WHOLE:\n        tile", "if True:\n        tile"),
     "edges of vectors not masked": ("tails", tiles, "vector + column, mask=column < C, other=0.0", "vector + column"),
-    "rows not masked": ("tails", module, "inside = row < rows", "inside = row < rows + 1"),
+    "rows not masked": ("tails", module, "first + row < rows", "first + row < rows + 1"),
     "one chunk of hidden units":
         ("tiny", module, "range(0, END, BLOCK_HIDDEN)", "range(0, BLOCK_HIDDEN, BLOCK_HIDDEN)"),
 }
