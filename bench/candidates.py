@@ -29,7 +29,7 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (16, 32, 64, 128), "IMAGES": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8),
         "num_stages": (1, 2, 3),
     },
-    "attention_block": {"num_warps": (4, 8, 16), "num_stages": (1, 2, 3)},
+    "attention_block": {"IMAGES": (1, 4, 16), "num_warps": (4, 8, 16), "num_stages": (1, 2, 3)},
 }  # fmt: skip
 LAUNCH = ("num_warps", "num_stages")
 REGISTERS = {4: (96, 128, 168), 8: (80, 128)}  # limits, by a program's warps: each makes room for one more program

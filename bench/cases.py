@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from swinfast.kernels.attention_block import slots
+from swinfast.kernels.attention_block import arranged, slots
 from swinfast.kernels.configs import Config, override
 from swinfast.kernels.launch import INTERPRETED, Launch, record
 from swinfast.kernels.shapes import PRECISIONS
@@ -230,19 +230,19 @@ def call_arguments(case: Case, inputs: Arguments) -> Arguments:
         return inputs
     table, window = inputs["table"], tuple(case.arguments["window_size"])
     types, heads = table.shape[:2]
-    if case.operation == "attention_block":
+    whole = case.operation == "attention_block"
+    if whole:
         queries = keys = slots(window)
     else:
         qkv = inputs["qkv"]
         queries, keys = padded_size(table.device, qkv.dtype, window, qkv.shape[-1] // 3 // heads)
     shape = (types, heads, queries, keys)
-    if table.is_meta:
-        return inputs | {"table": torch.empty(shape, dtype=table.dtype, device="meta")}
-    tokens = math.prod(window)
-    padded = torch.zeros(shape, dtype=table.dtype)
-    padded[..., tokens:] = -math.inf
-    padded[:, :, :tokens, :tokens] = table.cpu()
-    return inputs | {"table": padded.to(table.device)}
+    padded = torch.zeros(shape, dtype=table.dtype, device="meta" if table.is_meta else "cpu")
+    if not table.is_meta:
+        tokens = math.prod(window)
+        padded[..., tokens:] = -math.inf
+        padded[:, :, :tokens, :tokens] = table.cpu()
+    return inputs | {"table": (arranged(padded) if whole else padded).to(table.device)}
 
 
 def launch_of(case: Case, chosen: Config, arch: str) -> Launch:

@@ -92,10 +92,9 @@ def flops_of(launch: Launch, kernel: str) -> float:
     if kernel not in ("attention_block", "window_attention"):
         return 2.0 * size["rows"] * size.get("N", size.get("C")) * size["K"]
     tokens, channels = size["WINDOW_H"] * size["WINDOW_W"], size["HEADS"] * size["HEAD_DIM"]
-    if kernel == "window_attention":
-        windows = size["images"] * size["windows_h"] * size["windows_w"]
-        return windows * 4.0 * tokens * tokens * channels
-    return launch.programs * (8.0 * tokens * channels * channels + 4.0 * tokens * tokens * channels)
+    windows = size["images"] * size["windows_h"] * size["windows_w"]
+    products = 0.0 if kernel == "window_attention" else 8.0 * tokens * channels * channels
+    return windows * (products + 4.0 * tokens * tokens * channels)
 
 
 def bytes_of(launch: Launch) -> float:

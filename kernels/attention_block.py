@@ -16,19 +16,19 @@ from torch import Tensor
 
 from .configs import cdiv, config, power_of_two, row_tiles
 from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
-from .tiles import add_rows, add_vector, begin, dot, layer_norm, load_rows, load_transposed, store_rows, zeros
-from .window_attention import check_table, reciprocal_length, softmax_scale, window_tokens
+from .tiles import add_rows, begin, dot, layer_norm, load_rows, load_transposed, quotient, store_rows, vector_rows
+from .window_attention import check_table, images_at_once, reciprocal_length, softmax_scale, window_tokens
 
 LARGEST_WINDOW = 64  # tokens
 
 
-@triton.jit(do_not_specialize=["height", "width", "windows_h", "windows_w"])
+@triton.jit(do_not_specialize=["height", "width", "windows_h", "windows_w", "images"])
 def _attention_block_kernel(
     x,  # [B, H, W, C]
     qkv_weight,  # [3C, C]
     qkv_bias,  # [3C]
     logit_scale,  # [HEADS]
-    table,  # [TYPES, HEADS, SLOTS, SLOTS]
+    table,  # [TYPES, HEADS, SLOTS // 16, 2 SLOTS, 8]
     proj_weight,  # [C, C]
     proj_bias,  # [C]
     norm_weight,  # [C]
@@ -38,6 +38,7 @@ def _attention_block_kernel(
     width,
     windows_h,
     windows_w,
+    images,
     eps,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -51,73 +52,148 @@ def _attention_block_kernel(
     TILE: tl.constexpr,
     COUNT: tl.constexpr,
     PRECISION: tl.constexpr,
+    IMAGES: tl.constexpr,
     OVERLAPPED: tl.constexpr = False,
 ):
     begin(OVERLAPPED)
     C: tl.constexpr = HEADS * HEAD_DIM
-    window = tl.program_id(0)
-    window_column = window % windows_w
-    window_row = (window // windows_w) % windows_h
-    image = window // windows_w // windows_h
+    place = tl.program_id(0) % (windows_h * windows_w)
+    window_column = place % windows_w
+    window_row = place // windows_w
+    # the same window of several images: where its tokens lie is found once
+    first_image = tl.program_id(0) // (windows_h * windows_w) * IMAGES
     i = tl.arange(0, SLOTS)
     token, inside = window_tokens(
         i, window_row, window_column, height, width, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED
     )
-    offset = image.to(tl.int64) * height * width * C + token.to(tl.int64) * C
-    tiles = load_rows(x + offset, inside, C, TILE, COUNT)  # padded tokens are zero
-    table += i[:, None] * SLOTS + i[None, :]
+    offset = token.to(tl.int64) * C
+    pixels = height.to(tl.int64) * width
+    x += first_image * pixels * C
+    out += first_image * pixels * C
     if SHIFT_H > 0 or SHIFT_W > 0:
         window_type = (window_row == windows_h - 1).to(tl.int32) + 2 * (window_column == windows_w - 1).to(tl.int32)
         table += window_type * (HEADS * SLOTS * SLOTS)
 
-    acc = zeros(SLOTS, TILE, COUNT)
+    thread, part = tl.arange(0, 2 * SLOTS), tl.arange(0, SLOTS // 16)
+    table += (part[None, :, None] * (2 * SLOTS) + thread[:, None, None]) * 8 + tl.arange(0, 8)[None, None, :]
     d = tl.arange(0, BLOCK_D)
     two = tl.arange(0, 2 * BLOCK_D)
-    # rows of the weights for q and k of the first head, past their end where a head has no such channel
+    # the first head's rows of the weights: of q and k, and of v; past their end where a head has no such channel
     qk_rows = tl.where(two % BLOCK_D < HEAD_DIM, two // BLOCK_D * C + two % BLOCK_D, 3 * C)
-    dtype: tl.constexpr = qkv_weight.dtype.element_ty
-    WHOLE: tl.constexpr = HEAD_DIM == BLOCK_D and TILE * COUNT == C
-    for head in range(0, HEADS):
-        first = head * HEAD_DIM
-        qk = _project(tiles, qkv_weight, qkv_bias, first + qk_rows, C, TILE, COUNT, PRECISION, WHOLE)
-        q, k = tl.split(tl.permute(tl.reshape(qk, (SLOTS, 2, BLOCK_D)), (0, 2, 1)))
-        q *= (reciprocal_length(q) * softmax_scale(tl.load(logit_scale + head)))[:, None]
-        k *= reciprocal_length(k)[:, None]
-        bias = tl.load(table + head * (SLOTS * SLOTS)).to(tl.float32)
-        logits = dot(q.to(dtype), tl.trans(k.to(dtype)), bias, PRECISION)
-        p = tl.exp2(logits - tl.max(logits, axis=1)[:, None])
-        # v comes after the softmax, where it takes the shared memory of k; channels past the head's meet zeros below
-        v = _project(tiles, qkv_weight, qkv_bias, first + 2 * C + d, C, TILE, COUNT, PRECISION, WHOLE)
-        attended = dot(p.to(dtype), v.to(dtype), tl.zeros((SLOTS, BLOCK_D), tl.float32), PRECISION)
-        attended = (attended * (1.0 / tl.sum(p, axis=1))[:, None]).to(dtype)
-        summed = ()
-        for t in tl.static_range(COUNT):
-            column = t * TILE + tl.arange(0, TILE)
-            pointers = proj_weight + column[None, :] * C + (first + d)[:, None]
-            if WHOLE:
-                w = tl.load(pointers)
-            else:
-                w = tl.load(pointers, mask=(column < C)[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
-            summed = summed + (dot(attended, w, acc[t], PRECISION),)
-        acc = summed
-    acc = add_vector(acc, proj_bias, C, TILE, COUNT)
-    acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
-    acc = add_rows(acc, load_rows(x + offset, inside, C, TILE, COUNT, True), COUNT)
-    store_rows(out + offset, acc, inside, C, TILE, COUNT)
+    v_rows = tl.where(d < HEAD_DIM, 2 * C + d, 3 * C)
+    if IMAGES == 1:
+        tiles = load_rows(x + offset, inside, C, TILE, COUNT)  # padded tokens are zero
+        acc = vector_rows(proj_bias, SLOTS, C, TILE, COUNT)
+        for head in range(0, HEADS):
+            acc = _add_head(
+                acc, tiles, (), head, qk_rows, v_rows, qkv_weight, qkv_bias, logit_scale, table, proj_weight,
+                HEADS, HEAD_DIM, TILE, COUNT, PRECISION,
+            )  # fmt: skip
+        acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
+        acc = add_rows(acc, load_rows(x + offset, inside, C, TILE, COUNT, True), COUNT)
+        store_rows(out + offset, acc, inside, C, TILE, COUNT)
+    else:
+        held = ()  # in shared memory: there the compiler puts what products in a loop take from outside it
+        for head in tl.static_range(HEADS):
+            held = held + (_weights(head, qk_rows, v_rows, qkv_weight, proj_weight, HEADS, HEAD_DIM, TILE, COUNT),)
+        for image in range(0, IMAGES):
+            there = inside & (first_image + image < images)
+            tiles = load_rows(x + offset, there, C, TILE, COUNT)
+            acc = vector_rows(proj_bias, SLOTS, C, TILE, COUNT)
+            for head in tl.static_range(HEADS):
+                acc = _add_head(
+                    acc, tiles, held[head], head, qk_rows, v_rows, qkv_weight, qkv_bias, logit_scale, table,
+                    proj_weight, HEADS, HEAD_DIM, TILE, COUNT, PRECISION,
+                )  # fmt: skip
+            acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
+            acc = add_rows(acc, load_rows(x + offset, there, C, TILE, COUNT, True), COUNT)
+            store_rows(out + offset, acc, there, C, TILE, COUNT)
+            x += pixels * C
+            out += pixels * C
 
 
 @triton.jit
-def _project(
-    tiles, weight, bias, n, C: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr,
-    WHOLE: tl.constexpr,
+def _add_head(
+    acc, tiles, held, head, qk_rows, v_rows, qkv_weight, qkv_bias, logit_scale, table, proj_weight,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The rows n of the weights [3C, C] applied to the window, in float32; zero for rows past the last."""
-    acc = tl.zeros((tiles[0].shape[0], n.shape[0]), tl.float32)
+    """acc with one head's share of the projection's sums; held: the head's weights, or () where it is to load them."""
+    C: tl.constexpr = HEADS * HEAD_DIM
+    SLOTS: tl.constexpr = acc[0].shape[0]
+    BLOCK_D: tl.constexpr = v_rows.shape[0]
+    dtype: tl.constexpr = qkv_weight.dtype.element_ty
+    n = head * HEAD_DIM + qk_rows
+    if HEAD_DIM == BLOCK_D:  # whole runs of channels, which the compiler doesn't see
+        qk_bias = tl.load(qkv_bias + tl.max_contiguous(tl.multiple_of(n, BLOCK_D), BLOCK_D)).to(tl.float32)
+    else:
+        qk_bias = tl.load(qkv_bias + n, mask=n < 3 * C, other=0.0).to(tl.float32)
+    if len(held) == 0:
+        qk_weight, v_weight, w = _weights(
+            head, qk_rows, v_rows, qkv_weight, proj_weight, HEADS, HEAD_DIM, TILE, COUNT
+        )  # fmt: skip
+    else:
+        qk_weight, v_weight, w = held
+    qk = tl.broadcast_to(qk_bias[None, :], (SLOTS, 2 * BLOCK_D))
+    for t in tl.static_range(COUNT):
+        qk = dot(tiles[t].to(dtype), qk_weight[t], qk, PRECISION)
+    q, k = tl.split(tl.permute(tl.reshape(qk, (SLOTS, 2, BLOCK_D)), (0, 2, 1)))
+    q = (q * (reciprocal_length(q) * softmax_scale(tl.load(logit_scale + head)))[:, None]).to(dtype)
+    k = (k * reciprocal_length(k)[:, None]).to(dtype)
+    bias = tl.load(table + head * (SLOTS * SLOTS))
+    bias = tl.permute(tl.reshape(bias, (SLOTS // 16, 8, 4, SLOTS // 16, 2, 2, 2)), (0, 5, 1, 3, 4, 2, 6))
+    logits = dot(q, tl.trans(k), tl.reshape(bias, (SLOTS, SLOTS)).to(tl.float32), PRECISION)
+    p = tl.exp2(logits - tl.max(logits, axis=1)[:, None])
+    p, share = p.to(dtype), quotient(1.0, tl.sum(p, axis=1))
+    # v comes after the softmax, where it takes the shared memory of k; channels past the head's meet zeros below
+    v = tl.zeros((SLOTS, BLOCK_D), tl.float32)
+    for t in tl.static_range(COUNT):
+        v = dot(tiles[t].to(dtype), v_weight[t], v, PRECISION)
+    v_bias = tl.load(qkv_bias + head * HEAD_DIM + v_rows, mask=head * HEAD_DIM + v_rows < 3 * C, other=0.0)
+    attended = dot(p, v.to(dtype), tl.zeros((SLOTS, BLOCK_D), tl.float32), PRECISION)
+    # what the keys count for sums up to one, so the bias of each v is that of the sum
+    attended = attended * share[:, None] + v_bias.to(tl.float32)[None, :]
+    attended = attended.to(dtype)
+    summed = ()
+    for t in tl.static_range(COUNT):
+        summed = summed + (dot(attended, w[t], acc[t], PRECISION),)
+    return summed
+
+
+@triton.jit
+def _weights(
+    head, qk_rows, v_rows, qkv_weight, proj_weight,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """One head's weights for q and k, for v, and of the projection, each a tuple of tiles."""
+    C: tl.constexpr = HEADS * HEAD_DIM
+    BLOCK_D: tl.constexpr = v_rows.shape[0]
+    WHOLE: tl.constexpr = HEAD_DIM == BLOCK_D and TILE * COUNT == C
+    first = head * HEAD_DIM
+    d = tl.arange(0, BLOCK_D)
+    qk, v, proj = (), (), ()
     for t in tl.static_range(COUNT):
         column = t * TILE + tl.arange(0, TILE)
-        w = load_transposed(weight, n, column, 3 * C, C, WHOLE)
-        acc = dot(tiles[t].to(w.dtype), w, acc, PRECISION)
-    return acc + tl.load(bias + n, mask=n < 3 * C, other=0.0).to(tl.float32)[None, :]
+        qk = qk + (load_transposed(qkv_weight, first + qk_rows, column, 3 * C, C, WHOLE),)
+        v = v + (load_transposed(qkv_weight, first + v_rows, column, 3 * C, C, WHOLE),)
+        pointers = proj_weight + column[None, :] * C + (first + d)[:, None]
+        if WHOLE:
+            w = tl.load(pointers)
+        else:
+            w = tl.load(pointers, mask=(column < C)[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
+        proj = proj + (w,)
+    return qk, v, proj
+
+
+def arranged(table: Tensor) -> Tensor:
+    """A table of cpb_bias as attention_block takes it: [TYPES, HEADS, SLOTS // 16, 2 SLOTS, 8].
+
+    Of a product of 16 rows, the eight numbers that a thread of an NVIDIA GPU has in 16 columns lie side by side: in two
+    rows that are eight apart, two neighbours in each eight columns.
+    """
+    types, heads, size, _ = table.shape
+    parts = size // 16
+    table = table.view(types, heads, parts, 2, 8, parts, 2, 4, 2)  # rows: 16, half, 8; columns: 16, half, 4, pair
+    return table.permute(0, 1, 5, 2, 4, 7, 6, 3, 8).reshape(types, heads, parts, 2 * size, 8)
 
 
 def slots(window_size: tuple[int, int]) -> int:
@@ -146,7 +222,7 @@ def attention_block(
         x: [B, H, W, C], float16, bfloat16 or float32, contiguous.
         qkv_weight, qkv_bias: [3C, C], [3C], of the dtype of x, or 16-bit where x is float32.
         logit_scale: [heads], a logarithm.
-        table: From cpb_bias, of the same window and shift, its padded_size twice slots(window_size).
+        table: From cpb_bias, of the same window and shift, its padded_size twice slots(window_size), and arranged().
         proj_weight, proj_bias: [C, C], [C], of the dtype of qkv_weight.
         norm_weight, norm_bias, eps: LayerNorm over C.
         window_size, shift_size: (rows, columns) in tokens, at most 64 in a window.
@@ -174,7 +250,7 @@ def attention_block(
     size = slots(window_size)
     types = 4 if any(shift_size) else 1
     table_dtype = torch.float32 if qkv_weight.dtype == torch.float32 else torch.float16
-    check_table(table, (types, heads, size, size), table_dtype, x.device)
+    check_table(table, (types, heads, size // 16, 2 * size, 8), table_dtype, x.device, "arranged(cpb_bias)")
     chosen = config(
         "attention_block",
         arch_of(x.device),
@@ -185,11 +261,12 @@ def attention_block(
     )
     out = torch.empty_like(x)
     windows_h, windows_w = cdiv(height, window_size[0]), cdiv(width, window_size[1])
+    images = images_at_once(chosen.blocks.get("IMAGES", 1), batch, windows_h * windows_w)
     launch(
         _attention_block_kernel,
-        batch * windows_h * windows_w,
+        cdiv(batch, images) * windows_h * windows_w,
         *(x, qkv_weight, qkv_bias, logit_scale, table, proj_weight, proj_bias, norm_weight, norm_bias, out),
-        *(height, width, windows_h, windows_w, eps),
+        *(height, width, windows_h, windows_w, batch, eps),
         HEADS=heads,
         HEAD_DIM=channels // heads,
         WINDOW_H=window_size[0],
@@ -201,6 +278,6 @@ def attention_block(
         BLOCK_D=max(16, power_of_two(channels // heads)),
         PRECISION=precision(qkv_weight.dtype),
         config=chosen,
-        **chosen.blocks | row_tiles(chosen, channels),
+        **chosen.blocks | row_tiles(chosen, channels) | {"IMAGES": images},
     )
     return out

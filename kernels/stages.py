@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention_block import attention_block, slots
+from .attention_block import arranged, attention_block, slots
 from .configs import MANY, at_most, config
 from .cpb_bias import cpb_bias
 from .launch import arch_of, precision_name
@@ -105,11 +105,10 @@ def bias_table(
     dtype: torch.dtype,
 ) -> Tensor:
     """The table of position biases as a block's attention in a dtype takes it; mlp is as in cpb_bias."""
-    if forms.attention_half == "attention_block":
-        padded = [slots(window_size)] * 2
-    else:
-        padded = padded_size(mlp[0].device, dtype, window_size, head_dim)
-    return cpb_bias(*mlp, list(window_size), list(shift_size), padded, dtype)
+    whole = forms.attention_half == "attention_block"
+    padded = [slots(window_size)] * 2 if whole else padded_size(mlp[0].device, dtype, window_size, head_dim)
+    table = cpb_bias(*mlp, list(window_size), list(shift_size), padded, dtype)
+    return arranged(table) if whole else table
 
 
 def run_blocks(blocks: Sequence[Block], x: Tensor) -> Tensor:

@@ -104,6 +104,15 @@ def in_each_row(vector, column, C: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.c
 
 
 @triton.jit
+def vector_rows(vector, ROWS: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr):
+    """ROWS rows that are all the same vector [C], in float32."""
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        tiles = tiles + (in_each_row(vector, i * TILE + tl.arange(0, TILE), C, ROWS, COUNT * TILE == C),)
+    return tiles
+
+
+@triton.jit
 def load_rows(rows, inside, C: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr, AGAIN: tl.constexpr = False):
     """rows: pointers to the starts of rows; inside: which of them exist, the others are zero.
 

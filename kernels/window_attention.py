@@ -334,11 +334,13 @@ def window_attention(
     return out
 
 
-def check_table(table: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a bias table that cpb_bias did not make for this use."""
+def check_table(
+    table: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, source: str = "cpb_bias"
+) -> None:
+    """Refuse a bias table that its source did not make for this use."""
     fits = tuple(table.shape) == shape and table.dtype == dtype and table.device == device and table.is_contiguous()
     if not fits:
         raise ValueError(
-            f"table must be what cpb_bias gives: contiguous {list(shape)} of {dtype} on {device}, "
+            f"table must be what {source} gives: contiguous {list(shape)} of {dtype} on {device}, "
             f"got {list(table.shape)} of {table.dtype} on {table.device}"
         )

@@ -1,6 +1,7 @@
 """attention_block: x + LN(proj(window_attention(qkv(x))))."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from kernel_helpers import (
     assert_refuses_tensors,
     assert_repeatable,
     bias_of,
+    blocks,
     cast,
     check,
     check_mixed,
@@ -25,6 +27,7 @@ from kernel_helpers import (
     few_examples,
     mutant,
     odd_dtypes,
+    run,
     table_of,
 )
 from swinfast.kernels import attention_block as module
@@ -52,7 +55,9 @@ def arguments(batch, size, window, shift, heads, head_dim, dtype=torch.float32):
         "x": draw(batch, *size, channels),
         **draw.linear(channels, 3 * channels, "qkv_"),
         "logit_scale": scale,
-        "table": table_of(draw.position_bias(window, shift, heads), shift, [module.slots(window)] * 2, dtype),
+        "table": module.arranged(
+            table_of(draw.position_bias(window, shift, heads), shift, [module.slots(window)] * 2, dtype)
+        ),
         **draw.linear(channels, channels, "proj_"),
         **draw.norm(channels),
         "window_size": list(window),
@@ -60,10 +65,17 @@ def arguments(batch, size, window, shift, heads, head_dim, dtype=torch.float32):
     }
 
 
+def in_rows(table):
+    """A table as cpb_bias gives it, of one that is arranged."""
+    types, heads, parts, threads, _ = table.shape
+    table = table.view(types, heads, parts, parts, 8, 4, 2, 2, 2)
+    return table.permute(0, 1, 3, 7, 4, 2, 6, 5, 8).reshape(types, heads, threads // 2, threads // 2)
+
+
 def reference(x, qkv_weight, qkv_bias, logit_scale, table, proj_weight, proj_bias, norm_weight, norm_bias, eps,
               window_size, shift_size):  # fmt: skip
     return ops.attention_block(
-        x, qkv_weight, qkv_bias, logit_scale, bias_of(table, window_size, x.dtype), proj_weight, proj_bias,
+        x, qkv_weight, qkv_bias, logit_scale, bias_of(in_rows(table), window_size, x.dtype), proj_weight, proj_bias,
         (norm_weight, norm_bias, eps), window_size, shift_size,
     )  # fmt: skip
 
@@ -72,6 +84,41 @@ def reference(x, qkv_weight, qkv_bias, logit_scale, table, proj_weight, proj_bia
 @pytest.mark.parametrize("name", CASES)
 def test_cases(name, dtype):
     check(module.attention_block, reference, arguments(*CASES[name], dtype), dtype)
+
+
+def several_images(padded, dtype=torch.float32):
+    return arguments(5, (5, 6), (4, 3) if padded else (5, 3), (2, 1), 2, 8 if padded else 16, dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("images", [2, 4, 8])
+def test_several_images_in_a_program(images, padded, dtype):
+    """The last program has fewer of them."""
+    with mock.patch.object(window_attention, "ENOUGH_PROGRAMS", 1), blocks(IMAGES=images):
+        check(module.attention_block, reference, several_images(padded, dtype), dtype)
+
+
+def test_arranged():
+    """Number i of thread 4 r + q, in part c of rows 16 p and on, is of a row r or r + 8 and 16 columns from 16 c on."""
+    table = torch.arange(2 * 64 * 64).view(1, 2, 64, 64)
+    arranged = module.arranged(table)
+    assert arranged.shape == (1, 2, 4, 128, 8) and arranged.is_contiguous()
+    assert torch.equal(in_rows(arranged), table)
+    head, c, p, r, q = 1, 3, 2, 5, 1
+    row, column = 16 * p + r, 16 * c + 2 * q
+    expected = [(row + down, column + right) for right in (0, 8) for down in (0, 8)]
+    expected = [table[0, head, i, j + pair] for i, j in expected for pair in (0, 1)]
+    assert arranged[0, head, c, 32 * p + 4 * r + q].tolist() == expected
+
+
+def test_images_of_a_program_are_independent():
+    args = several_images(True)
+    alone = run(module.attention_block, args)
+    with mock.patch.object(window_attention, "ENOUGH_PROGRAMS", 1), blocks(IMAGES=2):
+        assert_images_apart(module.attention_block, args, "x")
+        assert_empty_batch(module.attention_block, args, "x")
+        assert (run(module.attention_block, args) - alone).abs().max() < 1e-5
 
 
 @st.composite
@@ -123,8 +170,10 @@ def test_errors():
     op, args = module.attention_block, arguments(2, (5, 6), (4, 3), (2, 1), 2, 8)
     names = ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "norm_weight", "norm_bias")
     assert_refuses_tensors(op, args, *names)
-    for wrong in (args["table"][:1], args["table"].half(), args["table"].mT, args["table"].to("meta")):
-        assert_refuses(op, args, r"^table must be what cpb_bias gives: contiguous \[4, 2, 16, 16\] of", table=wrong)
+    table = args["table"]
+    for wrong in (table[:1], table.half(), table.mT, table.to("meta"), in_rows(table)):
+        message = r"^table must be what arranged\(cpb_bias\) gives: contiguous \[4, 2, 1, 32, 8\] of"
+        assert_refuses(op, args, message, table=wrong)
     x = args["x"]
     assert_refuses(op, args, r"^x must have shape \[any, any, any, any\], got \[5, 6, 16\]", x=x[0])
     assert_refuses(op, args, "^x must be contiguous, got strides", x=x.transpose(1, 2))
@@ -137,20 +186,26 @@ def test_errors():
 # fmt: off
 MUTANTS = {
     "no bias": ("tiny", module, "bias = tl.load(table + head * (SLOTS * SLOTS))",
-                "bias = tl.zeros((SLOTS, SLOTS), tl.float32)"),
-    "bias transposed": ("tiny", module, "i[:, None] * SLOTS + i[None, :]", "i[None, :] * SLOTS + i[:, None]"),
+                "bias = 0 * tl.load(table + head * (SLOTS * SLOTS))"),
+    "bias transposed":
+        ("tiny", module, "tl.reshape(bias, (SLOTS, SLOTS))", "tl.trans(tl.reshape(bias, (SLOTS, SLOTS)))"),
+    "bias of another row": ("tiny", module, "(0, 5, 1, 3, 4, 2, 6)", "(0, 6, 1, 3, 4, 2, 5)"),
     "bias of another head": ("tiny", module, "table + head *", "table + (head + 1) % HEADS *"),
     "row shift off by one": ("tiny", window_attention, "row += SHIFT_H % height", "row += SHIFT_H - 1"),
     "column shift off by one": ("tiny", window_attention, "column += SHIFT_W % width", "column += SHIFT_W + 1"),
     "no logit clamp": ("tiny", window_attention, "LARGEST_LOGIT_SCALE, prop", "100.0, prop"),
     "no q norm": ("tiny", module, "reciprocal_length(q) *", "(reciprocal_length(q) * 0 + 1) *"),
-    "no k norm": ("tiny", module, "k *= reciprocal_length(k)[:, None]", "pass"),
+    "no k norm": ("tiny", module, "(k * reciprocal_length(k)[:, None])", "k"),
     "no log2(e)": ("tiny", window_attention, "tl.exp2(scale * LOG2_E) * LOG2_E", "tl.exp2(scale * LOG2_E)"),
     "window types swapped": ("tiny", module, "(window_row == windows_h - 1).to(tl.int32) + 2 *",
                              "2 * (window_row == windows_h - 1).to(tl.int32) +"),
-    "no qkv bias": ("tiny", module, "return acc + tl.load(bias + n", "return acc + 0 * tl.load(bias + n"),
-    "padded keys left out": ("padded", module, "p = tl.exp2(logits",
-                             "logits = tl.where(inside[None, :], logits, float('-inf'))\n        p = tl.exp2(logits"),
+    "no bias of q and k": ("tiny", module, "tl.broadcast_to(qk_bias", "tl.broadcast_to(0 * qk_bias"),
+    "no bias of v": ("tiny", module, "v_bias.to(tl.float32)", "0 * v_bias.to(tl.float32)"),
+    "bias of v not that of the sum": ("tiny", module, " + v_bias.to(tl.float32)", " + 49 * v_bias.to(tl.float32)"),
+    "padded keys left out":
+        ("padded", module, "p = tl.exp2(logits - tl.max(logits,",
+         "logits = tl.where(tl.max(tl.abs(tiles[0]), axis=1)[None, :] > 0, logits, float('-inf'))\n"
+         "    p = tl.exp2(logits - tl.max(logits,"),
     "slots past the window not masked":
         ("tiny", window_attention, "inside = i < WINDOW_H * WINDOW_W", "inside = i >= 0"),
     "padded tokens not masked": ("padded", window_attention, "if PADDED:", "if False:"),
@@ -158,11 +213,19 @@ MUTANTS = {
     "head tail of q and k": ("padded", module, "tl.where(two % BLOCK_D < HEAD_DIM,", "tl.where(two >= 0,"),
     "q and k swapped": ("tiny", module, "two // BLOCK_D * C", "(1 - two // BLOCK_D) * C"),
     "edges of W not masked": ("padded", tiles, "if WHOLE:", "if True:"),
-    "no projection bias": ("tiny", module, "acc = add_vector", "_ = add_vector"),
+    "no projection bias": ("tiny", module, "acc = vector_rows(proj_bias", "acc = vector_rows(norm_bias"),
     "no norm": ("tiny", module, "acc = layer_norm", "_ = layer_norm"),
     "another eps": ("tiny", tiles, "squares / C + eps", "squares / C + 1e-5"),
     "residual left out": ("tiny", module, "acc = add_rows", "_ = add_rows"),
     "one head of three": ("tiny", module, "range(0, HEADS)", "range(0, 1)"),
+}
+OF_SEVERAL_IMAGES = {
+    "images past the batch": ("first_image + image < images", "first_image + image < images + 1"),
+    "the first image again": ("            x += pixels * C\n", ""),
+    "another image's place": ("            out += pixels * C\n", "            out += pixels * (C + 1)\n"),
+    "images skipped": ("(windows_h * windows_w) * IMAGES", "(windows_h * windows_w) * (IMAGES + 1)"),
+    "the last images left out": ("cdiv(batch, images) * windows_h", "batch // images * windows_h"),
+    "the first head's weights": ("tiles, held[head],", "tiles, held[0],"),
 }
 # fmt: on
 
@@ -171,6 +234,13 @@ MUTANTS = {
 def test_mutants_fail(name, tmp_path):
     case, *change = MUTANTS[name]
     assert_fails(mutant(tmp_path, module, *change).attention_block, reference, arguments(*CASES[case]))
+
+
+@pytest.mark.parametrize("name", OF_SEVERAL_IMAGES)
+def test_mutants_of_several_images_fail(name, tmp_path):
+    wrong = mutant(tmp_path, module, module, *OF_SEVERAL_IMAGES[name])
+    with mock.patch.object(window_attention, "ENOUGH_PROGRAMS", 1), blocks(IMAGES=2):
+        assert_fails(wrong.attention_block, reference, several_images(True))
 
 
 def test_mutant_without_a_smallest_length_fails(tmp_path):
