@@ -95,7 +95,11 @@ def _attention_block_kernel(
     else:
         held = ()  # in shared memory: there the compiler puts what products in a loop take from outside it
         for head in tl.static_range(HEADS):
-            held = held + (_weights(head, qk_rows, v_rows, qkv_weight, proj_weight, HEADS, HEAD_DIM, TILE, COUNT),)
+            first = head * HEAD_DIM
+            qk_weight = _qkv_weights(qkv_weight, first + qk_rows, C, TILE, COUNT, HEAD_DIM == BLOCK_D)
+            v_weight = _qkv_weights(qkv_weight, first + v_rows, C, TILE, COUNT, HEAD_DIM == BLOCK_D)
+            w = _proj_weights(proj_weight, head, HEADS, HEAD_DIM, BLOCK_D, TILE, COUNT)
+            held = held + ((qk_weight, v_weight, w),)
         for image in range(0, IMAGES):
             there = inside & (first_image + image < images)
             tiles = load_rows(x + offset, there, C, TILE, COUNT)
@@ -127,15 +131,10 @@ def _add_head(
         qk_bias = tl.load(qkv_bias + tl.max_contiguous(tl.multiple_of(n, BLOCK_D), BLOCK_D)).to(tl.float32)
     else:
         qk_bias = tl.load(qkv_bias + n, mask=n < 3 * C, other=0.0).to(tl.float32)
-    if len(held) == 0:
-        qk_weight, v_weight, w = _weights(
-            head, qk_rows, v_rows, qkv_weight, proj_weight, HEADS, HEAD_DIM, TILE, COUNT
-        )  # fmt: skip
-    else:
-        qk_weight, v_weight, w = held
     qk = tl.broadcast_to(qk_bias[None, :], (SLOTS, 2 * BLOCK_D))
+    weights = held[0] if len(held) else _qkv_weights(qkv_weight, n, C, TILE, COUNT, HEAD_DIM == BLOCK_D)
     for t in tl.static_range(COUNT):
-        qk = dot(tiles[t].to(dtype), qk_weight[t], qk, PRECISION)
+        qk = dot(tiles[t].to(dtype), weights[t], qk, PRECISION)
     q, k = tl.split(tl.permute(tl.reshape(qk, (SLOTS, 2, BLOCK_D)), (0, 2, 1)))
     q = (q * (reciprocal_length(q) * softmax_scale(tl.load(logit_scale + head)))[:, None]).to(dtype)
     k = (k * reciprocal_length(k)[:, None]).to(dtype)
@@ -146,42 +145,50 @@ def _add_head(
     p, share = p.to(dtype), quotient(1.0, tl.sum(p, axis=1))
     # v comes after the softmax, where it takes the shared memory of k; channels past the head's meet zeros below
     v = tl.zeros((SLOTS, BLOCK_D), tl.float32)
+    n = head * HEAD_DIM + v_rows
+    weights = held[1] if len(held) else _qkv_weights(qkv_weight, n, C, TILE, COUNT, HEAD_DIM == BLOCK_D)
     for t in tl.static_range(COUNT):
-        v = dot(tiles[t].to(dtype), v_weight[t], v, PRECISION)
-    v_bias = tl.load(qkv_bias + head * HEAD_DIM + v_rows, mask=head * HEAD_DIM + v_rows < 3 * C, other=0.0)
+        v = dot(tiles[t].to(dtype), weights[t], v, PRECISION)
+    v_bias = tl.load(qkv_bias + n, mask=n < 3 * C, other=0.0)
     attended = dot(p, v.to(dtype), tl.zeros((SLOTS, BLOCK_D), tl.float32), PRECISION)
     # what the keys count for sums up to one, so the bias of each v is that of the sum
     attended = attended * share[:, None] + v_bias.to(tl.float32)[None, :]
     attended = attended.to(dtype)
+    weights = held[2] if len(held) else _proj_weights(proj_weight, head, HEADS, HEAD_DIM, BLOCK_D, TILE, COUNT)
     summed = ()
     for t in tl.static_range(COUNT):
-        summed = summed + (dot(attended, w[t], acc[t], PRECISION),)
+        summed = summed + (dot(attended, weights[t], acc[t], PRECISION),)
     return summed
 
 
 @triton.jit
-def _weights(
-    head, qk_rows, v_rows, qkv_weight, proj_weight,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
-    """One head's weights for q and k, for v, and of the projection, each a tuple of tiles."""
-    C: tl.constexpr = HEADS * HEAD_DIM
-    BLOCK_D: tl.constexpr = v_rows.shape[0]
-    WHOLE: tl.constexpr = HEAD_DIM == BLOCK_D and TILE * COUNT == C
-    first = head * HEAD_DIM
-    d = tl.arange(0, BLOCK_D)
-    qk, v, proj = (), (), ()
+def _qkv_weights(weight, n, C: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr, WHOLE: tl.constexpr):
+    """The rows n of the weights [3C, C] for q, k and v, transposed; WHOLE: there are all of them."""
+    tiles = ()
     for t in tl.static_range(COUNT):
         column = t * TILE + tl.arange(0, TILE)
-        qk = qk + (load_transposed(qkv_weight, first + qk_rows, column, 3 * C, C, WHOLE),)
-        v = v + (load_transposed(qkv_weight, first + v_rows, column, 3 * C, C, WHOLE),)
-        pointers = proj_weight + column[None, :] * C + (first + d)[:, None]
-        if WHOLE:
+        tiles = tiles + (load_transposed(weight, n, column, 3 * C, C, WHOLE and TILE * COUNT == C),)
+    return tiles
+
+
+@triton.jit
+def _proj_weights(
+    weight, head, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    COUNT: tl.constexpr,
+):  # fmt: skip
+    """The columns of one head of the projection's weights [C, C], transposed."""
+    C: tl.constexpr = HEADS * HEAD_DIM
+    d = tl.arange(0, BLOCK_D)
+    tiles = ()
+    for t in tl.static_range(COUNT):
+        column = t * TILE + tl.arange(0, TILE)
+        pointers = weight + column[None, :] * C + (head * HEAD_DIM + d)[:, None]
+        if HEAD_DIM == BLOCK_D and TILE * COUNT == C:
             w = tl.load(pointers)
         else:
             w = tl.load(pointers, mask=(column < C)[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
-        proj = proj + (w,)
-    return qk, v, proj
+        tiles = tiles + (w,)
+    return tiles
 
 
 def arranged(table: Tensor) -> Tensor:
