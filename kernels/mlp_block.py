@@ -25,7 +25,18 @@ from .launch import (
     precision,
     precision_name,
 )
-from .tiles import add_rows, begin, dot, gelu, in_each_row, layer_norm, load_rows, load_transposed, store_rows
+from .tiles import (
+    add_rows,
+    begin,
+    dot,
+    gelu,
+    in_each_row,
+    layer_norm,
+    load_rows,
+    load_transposed,
+    store_rows,
+    vector_rows,
+)
 
 
 @triton.jit
@@ -112,9 +123,7 @@ def _mlp_block_kernel(
     inside = first + row < rows
     first = first.to(tl.int64) * C  # the one 64-bit number, for all rows
     tiles = load_rows(x + first + row * C, inside, C, TILE, COUNT)
-    acc = ()
-    for i in tl.static_range(COUNT):
-        acc = acc + (in_each_row(fc2_bias, i * TILE + tl.arange(0, TILE), C, BLOCK_M, TILE * COUNT == C),)
+    acc = vector_rows(fc2_bias, BLOCK_M, C, TILE, COUNT)
     if AHEAD == 0:
         for start in range(0, END, BLOCK_HIDDEN):
             hidden = _fc1(tiles, fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
