@@ -25,7 +25,7 @@ class Forward:
     """A model and images that go through it."""
 
     def __init__(self, name: str, batch: int, precision: str, device: torch.device):
-        self.precision, self.device = precision, device
+        self.precision = precision
         model: nn.Module = randomise(model_named(name, device))
         self.fast = swinfast.optimize(model, dtype=PRECISIONS[precision], backend="triton", cuda_graphs=False)
         self.images = torch.randn(batch, 3, *model.img_size, device=device).to(PRECISIONS[precision])
@@ -42,7 +42,7 @@ class Forward:
                 return self.fast(self.images)
 
         forward()  # compiles what is new, and loads it
-        return graphs.capture(forward, self.device)[0] if self.device.type == "cuda" else forward
+        return graphs.capture(forward, self.images.device)[0] if self.images.is_cuda else forward
 
 
 class InForward(Bench):

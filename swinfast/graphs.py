@@ -6,10 +6,12 @@ wherever no graph can be, the kernels are launched one by one. Input and output 
 gets. A graph reads weights and tables where they lie: in-place edits are seen by the next replay.
 """
 
+import gc
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -149,7 +151,6 @@ class Graphs:
                 compute(reads, static)  # compiles and loads what this input needs: neither may happen in a capture
                 replay, output = capture(lambda: compute(reads, static), x.device)
         except Exception as error:  # out of memory, most likely
-            _side_stream.cache_clear()
             self.failure = in_a_line(error)
             warnings.warn(f"no CUDA graph from now on, since capturing one failed: {self.failure}", stacklevel=2)
             return None
@@ -174,14 +175,39 @@ def capture(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callab
     pool = _pools.get(key) or Pool(device)
     _pools[key] = pool
     graph, side = torch.cuda.CUDAGraph(), _side_stream(*key)
-    # a capture that fails at its end leaves its stream the current one: the stream around it comes back from there
-    with (
-        torch.cuda.device(device),
-        torch.cuda.stream(torch.cuda.current_stream(device)),
-        torch.cuda.graph(graph, pool=pool.handle, stream=side, capture_error_mode="thread_local"),
-    ):
-        output = compute()
+    try:
+        # a capture that fails at its end leaves its stream the current one: the stream around it comes back from there
+        with (
+            torch.cuda.device(device),
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            _no_garbage_collection(),
+            torch.cuda.graph(graph, pool=pool.handle, stream=side, capture_error_mode="thread_local"),
+        ):
+            output = compute()
+    except BaseException:
+        _pools.pop(key, None)
+        _side_stream.cache_clear()
+        with suppress(RuntimeError):  # where PyTorch did that itself
+            end_allocations(device, pool.handle)
+        raise
     return partial(_replay, graph, pool), output
+
+
+def end_allocations(device: torch.device, pool: tuple[int, int]) -> None:
+    """A capture that failed leaves PyTorch allocating in its pool, in which nothing could be captured any more."""
+    torch._C._cuda_endAllocateToPool(device.index, pool)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Garbage may hold graphs and events, and to destroy one of them ends a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _replay(graph: torch.cuda.CUDAGraph, pool: "Pool") -> None:
@@ -220,6 +246,8 @@ def is_capturing(device: torch.device) -> bool:
     """Whether the current stream is being captured into a graph, ours or another's."""
     if device.type != "cuda":
         return False
+    if device.index is None or device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 

@@ -13,6 +13,7 @@ from swinfast.kernels.linear import linear
 from swinfast.kernels.window_attention import padded_size, window_attention
 
 import swinfast
+from swinfast import graphs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -173,6 +174,17 @@ def test_captured_by_the_caller_without_tables(timm):
             either.stages[0].blocks[1].attn.meta_mlp.fc2.bias.mul_(2)
         graph.replay()
         assert relative_rms(out, model(images)) <= 1e-4
+
+
+def test_a_capture_that_fails_spoils_no_other():
+    device = torch.device("cuda", torch.cuda.current_device())
+    x = torch.ones(4, device=device)
+    replay, doubled = graphs.capture(lambda: x * 2, device)  # has the pool that the others share
+    with pytest.raises(RuntimeError):
+        graphs.capture(lambda: (x + 1, torch.cuda.synchronize()), device)
+    again, tripled = graphs.capture(lambda: x * 3, device)
+    replay(), again()
+    assert doubled.tolist() == [2] * 4 and tripled.tolist() == [3] * 4
 
 
 def test_graphs_after_all_others_are_gone(timm):

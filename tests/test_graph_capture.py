@@ -1,6 +1,8 @@
 """graphs.capture by itself, on stand-ins for what it calls of PyTorch: pools of memory and streams."""
 
+import gc
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -65,8 +67,36 @@ def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
-    monkeypatch.setattr(graphs, "_side_stream", lambda device, stream: "the side stream")
+    made, ended = [], []
+    side_stream = cache(lambda device, stream: made.append("a stream") or "the side stream")
+    monkeypatch.setattr(graphs, "_side_stream", side_stream)
     monkeypatch.setattr(graphs, "stream_of", lambda device: 0)
+    monkeypatch.setattr(graphs, "end_allocations", lambda device, pool: ended.append(pool))
+    device = torch.device("cuda:0")
+    kept = graphs.Pool(device)  # by a graph that there is already
+    graphs._pools[device, 0] = kept
     with pytest.raises(RuntimeError, match="previous error"):
-        graphs.capture(lambda: None, torch.device("cuda:0"))
+        graphs.capture(lambda: None, device)
     assert current == ["the caller's"]
+    assert ended == [kept.handle]
+    with pytest.raises(RuntimeError, match="previous error"):
+        graphs.capture(lambda: None, device)
+    assert ended[1] != kept.handle and len(made) == 2  # neither pool nor stream is taken again
+
+
+def test_no_garbage_is_collected_in_a_capture(monkeypatch):
+    """It may hold a graph, whose end would be the end of the capture."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    for name in ("device", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: nullcontext())
+    monkeypatch.setattr(graphs, "_side_stream", lambda device, stream: None)
+    monkeypatch.setattr(graphs, "stream_of", lambda device: 0)
+    for before in (True, False):
+        (gc.enable if before else gc.disable)()
+        try:
+            _, enabled = graphs.capture(gc.isenabled, torch.device("cuda:0"))
+            assert not enabled and gc.isenabled() == before
+        finally:
+            gc.enable()

@@ -267,8 +267,8 @@ def test_settings(model, captures, monkeypatch):
 def test_where_a_graph_pays(dtype):
     """Of the tiny model's images of 224 x 224."""
     meta = torch.device("meta")
-    pays = {batch: triton_backend.graph_pays(batch * 96 * 56 * 56, meta, dtype) for batch in (1, 8, 256)}
-    assert pays == {1: True, 8: True, 256: False}
+    pays = {batch: triton_backend.graph_pays(batch * 96 * 56 * 56, meta, dtype) for batch in (1, 8, 256, 512)}
+    assert pays == {1: True, 8: True, 256: True, 512: False}
 
 
 def test_stages_called_alone(timm, captures):
