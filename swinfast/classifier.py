@@ -1,5 +1,6 @@
 """The classifier as a whole, replaced: for few images on a GPU one CUDA graph spans all that it does."""
 
+from collections.abc import Hashable
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from .autocast import autocast_dtype
 from .calls import is_traced, is_transformed, kind_of, needs_grad
 from .fused import Fused, FusedPatchEmbed
 from .graphs import Graphs
-from .plan import Plan, SequencePlan
+from .plan import Plan, SequencePlan, version_of
 from .sequence import FusedStages
 from .watch import Watch
 
@@ -24,7 +25,7 @@ POOLS = (
 
 
 class ClassifierPlan:
-    """How a classifier runs as one: the plans of its parts, and a head that is watched.
+    """How a classifier runs as one: the plans of its parts, which hold while one pass over all finds nothing new.
 
     Attributes:
         is_one: Whether it can; what swinfast does not know in a model or its head is called part by part.
@@ -32,21 +33,34 @@ class ClassifierPlan:
         graphs: The CUDA graphs of the whole.
     """
 
-    def __init__(self, model: nn.Module, patch_embed: Plan, stages: SequencePlan):
+    def __init__(self, model: "FusedClassifier", patch_embed: Plan, stages: SequencePlan):
         self.patch_embed, self.stages = patch_embed, stages
-        head = list(model.head.modules())
-        in_head = [parameter for m in head for parameter in m._parameters.values() if parameter is not None]
+        in_head = tuple(model.head.parameters())
         self.is_one = _is_known(model) and all(type(parameter) is nn.Parameter for parameter in in_head)
         self.parameters = tuple(dict.fromkeys((*patch_embed.parameters, *stages.parameters, *in_head)))
         self.graphs = Graphs(torch.contiguous_format)
-        self._watch = Watch([model, *head], in_head)
+        self._watch = Watch(list(model.modules()), self.parameters)
+        parts = model.patch_embed, model.stages, *model.stages
+        self._plans = [(part._swinfast, part._swinfast.plan) for part in parts]
+        self._tables: dict[Hashable, tuple[list[int], tuple]] = {}  # with the versions of the weights they came from
 
-    def holds(self, patch_embed: Plan, stages: SequencePlan) -> bool:
-        """Whether these are still the parts' plans, and the head is what it was."""
-        return patch_embed is self.patch_embed and stages is self.stages and self._watch.holds()
+    def holds(self, model: "FusedClassifier") -> bool:
+        """Whether the plans are still the parts', and the model is what it was."""
+        return (
+            all(settings.plan is plan for settings, plan in self._plans)
+            and not any(map(model.__dict__.__contains__, CALLED))
+            and self._watch.holds()
+            and not self._watch.is_random()
+        )
 
-    def is_random(self) -> bool:
-        return self._watch.is_random()
+    def tables(self, model: "FusedClassifier", kind: Hashable) -> tuple:
+        """What the backends of all parts need of the parameters: the same objects for as long as they are right."""
+        versions = list(map(version_of, self.parameters))
+        kept = self._tables.get(kind)
+        if kept is None or kept[0] != versions:
+            tables = model.patch_embed.tables(self.patch_embed, kind), *model.stages.tables(self.stages, kind)
+            kept = self._tables[kind] = versions, tables
+        return kept[1]
 
     @property
     def derivations(self) -> int:
@@ -82,13 +96,11 @@ class FusedClassifier(Fused):
 
     def plan(self) -> ClassifierPlan | None:
         """How the classifier runs as one, None where each part must run by itself."""
-        plans, kept = self._plans(), self._swinfast.plan
-        if plans is None:
-            kept = None
-        elif kept is None or not kept.holds(*plans):
-            kept = ClassifierPlan(self, *plans)
-        self._swinfast.plan = kept if kept is None or not kept.is_random() else None
-        return self._swinfast.plan if kept is not None and kept.is_one else None
+        kept = self._swinfast.plan
+        if kept is None or not kept.holds(self):
+            plans = self._plans()
+            kept = self._swinfast.plan = ClassifierPlan(self, *plans) if plans is not None else None
+        return kept if kept is not None and kept.is_one else None
 
     def _plans(self) -> tuple[Plan, SequencePlan] | None:
         patch_embed, stages = self.patch_embed, self.stages
@@ -111,7 +123,7 @@ class FusedClassifier(Fused):
                 x,
                 kind,
                 holds=lambda: self.plan() is kept,
-                reads=lambda: self._tables(kept, kind),
+                reads=lambda: kept.tables(self, kind),
                 made=lambda: kept.derivations,
             )
             if out is not None:
@@ -122,7 +134,7 @@ class FusedClassifier(Fused):
         return plan.graphs.run(
             x,
             kind,
-            reads=lambda: self._tables(plan, kind),
+            reads=lambda: plan.tables(self, kind),
             compute=partial(self._compute, plan),
             plain=partial(self.original.forward, self, x),
         )
@@ -138,9 +150,6 @@ class FusedClassifier(Fused):
 
     def _is_unchecked(self) -> bool:
         return any(module._swinfast.unchecked for module in (self.patch_embed, *self.stages))
-
-    def _tables(self, plan: ClassifierPlan, kind: tuple) -> tuple:
-        return self.patch_embed.tables(plan.patch_embed, kind), *self.stages.tables(plan.stages, kind)
 
     def _compute(self, plan: ClassifierPlan, tables: tuple, x: Tensor) -> Tensor:
         first = plan.patch_embed

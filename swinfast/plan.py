@@ -24,7 +24,7 @@ from .backends import Choice, choose
 from .graphs import Graphs, is_capturing
 from .watch import Watch
 
-_version = attrgetter("_version")
+version_of = attrgetter("_version")
 
 
 def _count_fused_steps(optimizer: Optimizer, *_: Any) -> None:
@@ -129,7 +129,7 @@ class Plan:
             return derive(self.spec)
 
     def _versions_now(self) -> list[int]:
-        return list(map(_version, self.parameters))
+        return list(map(version_of, self.parameters))
 
 
 class SequencePlan:

@@ -5,6 +5,7 @@ Asked at every call, so it is a few passes in C over flat lists, microseconds fo
 
 from collections.abc import Sequence
 from itertools import chain
+from operator import is_, itemgetter
 
 from torch import Tensor, nn
 
@@ -15,6 +16,8 @@ WATCHED = (  # attributes of modules that answers depend on
     "stride", "padding", "dilation", "groups", "padding_mode", "pool_type", "flatten", "output_size", "dim",
     "start_dim", "end_dim", "dim_reduce", "dim_cat",
 )  # fmt: skip
+
+is_training = itemgetter("training")  # of a module's attributes
 
 
 class Watch:
@@ -29,40 +32,40 @@ class Watch:
     def __init__(self, modules: Sequence[nn.Module], placed: Sequence[Tensor]):
         """placed: Tensors whose place in memory counts."""
         self.modules = list(modules)
-        self._placed = placed
+        self._placed, self._places = placed, list(map(Tensor.data_ptr, placed))
+        self._types = list(map(type, self.modules))
         tables = [table for m in self.modules for table in (m._modules, m._parameters) if table]
-        self._contents = [table.values() for table in tables]
-        self._attributes = [m.__dict__ for m in self.modules[1:]]
+        self._tables = [table.values() for table in tables]
+        self._contents = list(chain.from_iterable(self._tables))  # children and parameters
         self._hooks = [getattr(m, hooks) for m in self.modules[1:] for hooks in HOOKS]
-        classes = dict.fromkeys(map(class_of, self.modules))
-        self._methods = [(cls, method) for cls in classes for method in methods(cls)]
-        self._watched = [(m.__dict__, name) for m in self.modules for name in WATCHED if name in m.__dict__]
-        self._dropouts = [m for m in self.modules if is_dropout(type(m))]
-        self._structure, self._settings = self._structure_now(), self._settings_now()
-        self._places = self._places_now()
+        self._hooked = any(self._hooks)
+        self._attributes = [m.__dict__ for m in self.modules[1:]]
+        self._counts = list(map(len, self._attributes))  # a method that is patched on a module is one more
+        methods_of = [(cls, name) for cls in dict.fromkeys(map(class_of, self.modules)) for name in methods(cls)]
+        self._classes, self._names = zip(*methods_of, strict=True)
+        self._methods = list(map(getattr, self._classes, self._names))
+        watched = [(m.__dict__, name) for m in self.modules for name in WATCHED if name in m.__dict__]
+        self._owners, self._settings_names = zip(*watched, strict=True) if watched else ((), ())
+        self._settings = list(map(dict.get, self._owners, self._settings_names))
+        self._dropouts = [m.__dict__ for m in self.modules if is_dropout(type(m))]
 
     def holds(self) -> bool:
-        """Whether all is as it was."""
-        return self._structure == self._structure_now() and self._places == self._places_now() and self.settings_hold()
+        """Whether all is as it was: children, parameters and their places, types, hooks, methods and settings."""
+        return (
+            sum(map(len, self._tables)) == len(self._contents)
+            and all(map(is_, chain.from_iterable(self._tables), self._contents))
+            and all(map(is_, map(type, self.modules), self._types))
+            and list(map(len, self._attributes)) == self._counts
+            and any(self._hooks) == self._hooked
+            and all(map(is_, map(getattr, self._classes, self._names), self._methods))
+            and list(map(Tensor.data_ptr, self._placed)) == self._places
+            and self.settings_hold()
+        )
 
     def settings_hold(self) -> bool:
         """Whether the attributes that answers depend on are what they were."""
-        return self._settings == self._settings_now()
+        return list(map(dict.get, self._owners, self._settings_names)) == self._settings
 
     def is_random(self) -> bool:
         """Whether a dropout inside is in training mode."""
-        return any(dropout.training for dropout in self._dropouts)
-
-    def _structure_now(self) -> tuple:
-        """Children and parameters by identity, types, whether there are hooks, and what may be patched: methods of
-        classes, and how many attributes each module has, of which a patched method is one more."""
-        contents = chain.from_iterable(self._contents)
-        types, attributes = list(map(type, self.modules)), list(map(len, self._attributes))
-        found = [getattr(cls, method) for cls, method in self._methods]
-        return list(map(id, contents)), types, attributes, any(self._hooks), found
-
-    def _settings_now(self) -> list:
-        return [attributes.get(name) for attributes, name in self._watched]
-
-    def _places_now(self) -> list[int]:
-        return list(map(Tensor.data_ptr, self._placed))
+        return any(map(is_training, self._dropouts))

@@ -177,6 +177,10 @@ def move_data_of_the_patch_embedding(either):
     either.patch_embed.proj.weight.data = either.patch_embed.proj.weight.data.flip(0)
 
 
+def other_eps(either):
+    either.patch_embed.norm.eps = 0.3
+
+
 def patch_the_patch_embedding(either):
     whole = type(either.patch_embed).forward
     either.patch_embed.forward = lambda x: whole(either.patch_embed, x).flip(1)
@@ -223,7 +227,7 @@ CALLED_AT_EVERY_CALL = [  # by Python: no graph may go around them
 ]  # fmt: skip
 CHANGES = [
     *CALLED_AT_EVERY_CALL, replace_classifier, replace_layer, replace_weight, move_data, pool_otherwise, drop_bias,
-    hook_the_model, move_data_of_the_patch_embedding,
+    hook_the_model, move_data_of_the_patch_embedding, other_eps,
 ]  # fmt: skip
 
 
@@ -288,6 +292,23 @@ def test_none_before_the_self_check(model, captures, monkeypatch):
     fast.patch_embed._swinfast.unchecked = True
     fast(images())
     assert not spans_any(fast)
+
+
+def test_a_part_that_is_refreshed(model, captures):
+    """After edits past all counters."""
+    fast = warmed(model)
+    for either in (model, fast):
+        either.stages[0].blocks[0].attn.meta_mlp.fc2.weight.data.mul_(-3)
+    swinfast.refresh(fast.stages)
+    for seed in range(3):
+        assert_right(fast, model, images(seed=seed))
+
+
+def test_a_parameter_that_is_deleted(model, captures):
+    fast = warmed(model)
+    del fast.head.fc.bias
+    with pytest.raises(AttributeError, match="bias"):
+        fast(images())
 
 
 def test_derivations_of_all_parts(model, captures):
