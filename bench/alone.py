@@ -8,7 +8,7 @@ from swinfast.kernels.configs import Config, override
 from bench.cases import Case, Oracle, call_arguments, inputs_of, operation, tf32_setting
 from bench.forms import GAIN
 from bench.kernels import problem_of
-from bench.peaks import Timer
+from bench.peaks import Timer, launches_of
 from bench.targets import Target
 
 ROUNDS = 5
@@ -36,42 +36,47 @@ class Bench:
 
     def quick(self, tried: Sequence[Config], done: Callable[[Config, float | Exception], None]) -> None:
         """Check each configuration on every case and time it once: microseconds in a forward, or what went wrong."""
-        totals: dict[int, float | Exception] = dict.fromkeys(range(len(tried)), 0.0)
+        known = []
         for case in self.target.cases:
             inputs = inputs_of(case, self.device)
             with torch.no_grad(), tf32_setting(case.precision):
-                oracle = Oracle(case, inputs)
-                for index, config in enumerate(tried):
-                    if isinstance(totals[index], float):
-                        totals[index] = self._one(case, inputs, oracle, config, totals[index])
-                        if isinstance(totals[index], Crashed):
-                            done(config, totals[index])
-                            raise totals[index]
-        for config, total in zip(tried, totals.values(), strict=True):
-            done(config, total)
-
-    def _one(self, case: Case, inputs: dict, oracle: Oracle, config: Config, before: float) -> float | Exception:
-        with override(lambda *_: config):
+                known.append((case, inputs, Oracle(case, inputs)))
+        for config in tried:
             try:
-                function, arguments = operation(case), call_arguments(case, inputs)
-                oracle.check(function(**arguments))
-                return before + 1e6 * case.calls * self.timer(lambda: function(**arguments), QUICK)
+                outcome = self._checked(config, known)
             except Exception as error:  # a candidate that fails is skipped and named
                 sticky = any(text in str(error) for text in STICKY)
-                return Crashed(problem_of(error)) if sticky else error
+                outcome = Crashed(problem_of(error)) if sticky else error
+            done(config, outcome)
+            if isinstance(outcome, Crashed):
+                raise outcome
+
+    def _checked(self, config: Config, known: Sequence[tuple[Case, dict, Oracle]]) -> float:
+        """Microseconds of a configuration in a forward, if it is right."""
+        total = 0.0
+        for case, inputs, oracle in known:
+            with torch.no_grad(), tf32_setting(case.precision), override(lambda *_: config):
+                oracle.check(operation(case)(**call_arguments(case, inputs)))
+                total += 1e6 * case.calls * self._time(case, inputs, config)
+        return total
+
+    def _time(self, case: Case, inputs: dict, config: Config) -> float:
+        return self.timer(self._launches(case, inputs, config), QUICK)
 
     def rounds(self, tried: Sequence[Config]) -> list[list[list[float]]]:
         """Microseconds of one call by [configuration][case][round], the configurations taking turns."""
-        times = [[[] for _ in self.target.cases] for _ in tried]
+        times: list[list[list[float]]] = [[[] for _ in self.target.cases] for _ in tried]
         for number, case in enumerate(self.target.cases):
             inputs = inputs_of(case, self.device)
             with torch.no_grad(), tf32_setting(case.precision):
+                launches = [self._launches(case, inputs, config) for config in tried]
                 for _ in range(ROUNDS):
-                    for index, config in enumerate(tried):
-                        times[index][number].append(self._long(case, inputs, config))
+                    for mine, launch, config in zip(times, launches, tried, strict=True):
+                        with override(lambda *_, config=config: config):
+                            mine[number].append(1e6 * self.timer(launch, LONG))
         return times
 
-    def _long(self, case: Case, inputs: dict, config: Config) -> float:
+    def _launches(self, case: Case, inputs: dict, config: Config) -> Callable[[], object]:
         with override(lambda *_: config):
             function, arguments = operation(case), call_arguments(case, inputs)
-            return 1e6 * self.timer(lambda: function(**arguments), LONG)
+            return launches_of(lambda: function(**arguments), self.device)

@@ -13,12 +13,13 @@ from swinfast.kernels.shapes import PRECISIONS
 from torch import nn
 
 import swinfast
-from bench.alone import LONG, QUICK, ROUNDS, Bench
-from bench.cases import model_named, tf32_setting
-from bench.peaks import Timer
+from bench.alone import ROUNDS, Bench
+from bench.cases import Case, Oracle, model_named, tf32_setting
+from bench.peaks import Timer, launches_of
 from bench.targets import Target
-from swinfast import graphs
 from swinfast.benchmark import randomise
+
+QUICK, LONG = 8, 20  # milliseconds of forwards in one timing
 
 
 class Forward:
@@ -42,7 +43,7 @@ class Forward:
                 return self.fast(self.images)
 
         forward()  # compiles what is new, and loads it
-        return graphs.capture(forward, self.images.device)[0] if self.images.is_cuda else forward
+        return launches_of(forward, self.images.device)
 
 
 class InForward(Bench):
@@ -51,17 +52,16 @@ class InForward(Bench):
     gain = 0.003  # of a forward, of which one kernel is a small part
 
     def __init__(self, target: Target, device: torch.device, timer: Timer, forwards: Sequence[Forward]):
-        super().__init__(target, device, lambda function, rep: 0.0)
-        self.forwards, self.forward_timer = forwards, timer
+        super().__init__(target, device, timer)
+        self.forwards = forwards
         self.calls = [1] * len(forwards)
 
-    def quick(self, tried: Sequence[Config], done: Callable[[Config, float | Exception], None]) -> None:
-        def checked(config: Config, outcome: float | Exception) -> None:
-            if isinstance(outcome, float):
-                outcome = sum(1e6 * self.forward_timer(one.by(self.target, config), QUICK) for one in self.forwards)
-            done(config, outcome)
+    def _checked(self, config: Config, known: Sequence[tuple[Case, dict, Oracle]]) -> float:
+        super()._checked(config, known)
+        return sum(1e6 * self.timer(one.by(self.target, config), QUICK) for one in self.forwards)
 
-        super().quick(tried, checked)
+    def _time(self, case: Case, inputs: dict, config: Config) -> float:
+        return 0.0  # what counts is the forward
 
     def rounds(self, tried: Sequence[Config]) -> list[list[list[float]]]:
         """Microseconds by [configuration][forward][round], the configurations taking turns."""
@@ -70,7 +70,7 @@ class InForward(Bench):
         for _ in range(ROUNDS):
             for mine, forwards in zip(times, launches, strict=True):
                 for found, launch in zip(mine, forwards, strict=True):
-                    found.append(1e6 * self.forward_timer(launch, LONG))
+                    found.append(1e6 * self.timer(launch, LONG))
         return times
 
 

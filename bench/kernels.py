@@ -49,7 +49,7 @@ from bench.cases import (
     operation,
     tf32_setting,
 )
-from bench.peaks import Peaks, Timer, measure_peaks, rows_of, timer_of
+from bench.peaks import Peaks, Timer, launches_of, measure_peaks, rows_of, timer_of
 from bench.provenance import provenance
 from bench.roofline import bytes_of, flops_of
 from bench.tables import slug
@@ -96,7 +96,7 @@ def measure(case: Case, peaks: Peaks, options: Options) -> dict[str, Any]:
             return row | {"problem": problem_of(error)}
         if options.check_only:
             return row
-        seconds = options.timer(lambda: function(**arguments))
+        seconds = options.timer(launches_of(lambda: function(**arguments), options.device))
         row |= speed(case, seconds, peaks)
         if options.eager:
             plain, given = definition(case, inputs, PRECISIONS[case.precision])

@@ -14,6 +14,7 @@ from tabulate import tabulate
 
 from bench.cases import tf32_setting
 from bench.provenance import provenance
+from swinfast import graphs
 from swinfast.predict import resolve_device
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}  # of the source; as many are written
@@ -44,6 +45,11 @@ def timer_of(device: torch.device) -> Timer:
         return time.perf_counter() - began
 
     return once
+
+
+def launches_of(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """What a function launches, without what it takes the host: its CUDA graph. Without a GPU it is the function."""
+    return graphs.capture(function, device)[0] if device.type == "cuda" else function
 
 
 def measure_peaks(device: torch.device, precisions: Sequence[str], timer: Timer) -> Peaks:

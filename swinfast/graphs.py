@@ -195,7 +195,7 @@ def capture(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callab
 
 def end_allocations(device: torch.device, pool: tuple[int, int]) -> None:
     """A capture that failed leaves PyTorch allocating in its pool, in which nothing could be captured any more."""
-    torch._C._cuda_endAllocateToPool(device.index, pool)
+    torch._C._cuda_endAllocateToPool(torch.cuda._utils._get_device_index(device, optional=True), pool)
 
 
 @contextmanager

@@ -104,6 +104,22 @@ def test_resume_within_a_target(run, tmp_path):
     assert len(new) == len([entry for entry in log if entry["outcome"] == "timed"]) - 2
 
 
+def test_outcomes_are_kept_as_they_come(run, tmp_path):
+    """A sweep that is stopped within a target has lost nothing of what it timed."""
+    calls = []
+
+    def timer(function, rep=0):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return 1e-6
+
+    with pytest.raises(KeyboardInterrupt):
+        run(timer)
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [entry["outcome"] for entry in entries] == ["timed"] * 3
+
+
 def test_in_a_forward(run, monkeypatch):
     """A configuration is timed by forwards in which it alone is another, and wins by less than if it were alone."""
     monkeypatch.setattr(in_forward, "ROUNDS", 2)
