@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
-from swinfast.kernels.configs import Config, override
+from swinfast.kernels.configs import Choose, Config, override
 from swinfast.kernels.shapes import PRECISIONS
 from torch import nn
 
@@ -27,16 +27,21 @@ class Forward:
 
     def __init__(self, name: str, batch: int, precision: str, device: torch.device):
         self.precision = precision
-        model: nn.Module = randomise(model_named(name, device))
-        self.fast = swinfast.optimize(model, dtype=PRECISIONS[precision], backend="triton", cuda_graphs=False)
-        self.images = torch.randn(batch, 3, *model.img_size, device=device).to(PRECISIONS[precision])
+        self.plain: nn.Module = randomise(model_named(name, device))
+        self.fast = swinfast.optimize(self.plain, dtype=PRECISIONS[precision], backend="triton", cuda_graphs=False)
+        self.images = torch.randn(batch, 3, *self.plain.img_size, device=device).to(PRECISIONS[precision])
 
     def by(self, target: Target, config: Config) -> Callable[[], object]:
-        """What launches the forward with a configuration in place of a target's; captured where there is a GPU."""
+        """What launches the forward with a configuration in place of a target's."""
 
         def choose(kernel: str, shape: dict[str, int]) -> Config | None:
             sizes = tuple((name, int(size)) for name, size in shape.items())
             return config if (kernel, sizes) == (target.kernel, target.sizes) else None
+
+        return self.launches(choose)
+
+    def launches(self, choose: Choose) -> Callable[[], object]:
+        """What launches the forward with other configurations; captured where there is a GPU."""
 
         def forward() -> torch.Tensor:
             with torch.no_grad(), tf32_setting(self.precision), override(choose):

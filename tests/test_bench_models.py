@@ -5,9 +5,10 @@ import csv
 import pytest
 import torch
 from helpers import OPTIONS, images_for, make, relative_rms, small_model_args
+from swinfast.kernels.configs import config
 
 import swinfast
-from bench import models, peers, profile_cpu
+from bench import models, peers, profile_cpu, profile_gpu
 from bench.models import tasks_in_order
 from bench.peers import engines_named, sdpa_form
 from swinfast.engines import Engine, WrongAnswer
@@ -153,3 +154,44 @@ def test_profile_knows_the_operators_of_a_forward(timm):
     assert shares.keys() == {profile_cpu.WHOLE, profile_cpu.PRODUCTS, profile_cpu.REST, *profile_cpu.PARTS.values()}
     assert all(row["calls"] >= 1 for row in rows[2:])
     assert sum(row["share"] for row in rows[2:]) == pytest.approx(1, abs=0.01)
+
+
+def test_the_timeline_of_a_gpu():
+    kernels = [profile_gpu.Kernel("a", 0.0, 4.0), profile_gpu.Kernel("b", 5.0, 2.0), profile_gpu.Kernel("a", 6.5, 1.0)]
+    rows = list(profile_gpu.rows_of(kernels))
+    assert [row["gap_us"] for row in rows] == [0.0, 1.0, -0.5]
+    assert profile_gpu.summary(rows) == {"forward": 7.5, "a": 5.0, "b": 2.0}
+    assert rows[0].keys() <= set(profile_gpu.COLUMNS)
+
+
+def test_overlapped_kernels_of_a_timeline():
+    """Those of the tables, but for what the library computes and what is no kernel."""
+    choose = profile_gpu.overlapped("sm_90", "float16")
+    chosen = choose("norm_residual", {"channels": 384, "rows": 256})
+    table = config("norm_residual", "sm_90", "float16", channels=384, rows=256)
+    assert chosen.blocks == table.blocks | {"OVERLAPPED": True} and chosen[1:3] == table[1:3]
+    assert choose("linear", {"k": 384, "n": 384, "gelu": 0, "rows": 1 << 16}).blocks == {"use": "library"}
+
+
+def test_how_long_the_host_takes():
+    waited = []
+    returns, answers = profile_gpu.of_the_host(lambda: None, lambda: waited.append(1))
+    assert 0 < returns <= answers
+    assert len(waited) == 2 * profile_gpu.CALLS
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_timeline_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        profile_gpu.main([])
+    assert "this needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [[], ["--overlapped"]])
+def test_a_timeline(tmp_path, capsys, options):
+    output = tmp_path / "profile.csv"
+    assert profile_gpu.main(["--model", "small", "--output", str(output), *options]) == 0
+    assert "_patch_embed_kernel" in output.read_text(encoding="utf-8")
+    assert "forward: " in capsys.readouterr().out
