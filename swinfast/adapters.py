@@ -26,7 +26,8 @@ HOOKS = (
 )
 WEIGHTED = (nn.Conv2d, nn.LayerNorm, nn.Linear)
 
-CLASSIFIER, STAGE = "SwinTransformerV2Cr", "SwinTransformerV2CrStage"  # names of classes, in one file
+STAGE = "SwinTransformerV2CrStage"
+CLASSIFIERS = ("timm.models.swin_transformer_v2_cr.SwinTransformerV2Cr", "swinfast.reference.model.SwinTransformerV2Cr")
 MODULE = frozenset(dir(nn.Module))
 
 
@@ -61,8 +62,8 @@ def adapter_of(cls: type) -> Adapter | None:
 
 
 def is_classifier(cls: type) -> bool:
-    """Whether a class of modules is the classifier of a family that swinfast knows."""
-    return cls.__name__ == CLASSIFIER and hasattr(sys.modules.get(cls.__module__), STAGE)
+    """Whether a class of modules is a classifier whose forward swinfast knows: timm's or our own, and no copy of it."""
+    return f"{cls.__module__}.{cls.__qualname__}" in CLASSIFIERS
 
 
 def why_not(adapter: Adapter, module: nn.Module) -> str | None:

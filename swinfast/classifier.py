@@ -7,16 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from . import graphs
-from .adapters import HOOKS, class_of, foreign_methods, is_a, methods, patches
+from .adapters import HOOKS, WEIGHTED, class_of, dropouts, foreign_methods, is_a, methods, patches
 from .autocast import autocast_dtype
 from .calls import is_traced, is_transformed, kind_of, needs_grad
-from .fused import Fused, FusedPatchEmbed
+from .fused import Fused, FusedPatchEmbed, Settings
 from .graphs import Graphs
 from .plan import Plan, SequencePlan, version_of
 from .sequence import FusedStages
 from .watch import Watch
 
+PARTS = ("patch_embed", "stages", "head")  # all that the original forward calls, one after the other
 CALLED = ("forward_features", "forward_head")  # by the original forward, which a graph goes around
+IN_HEAD = ("global_pool", "pool", "drop", "fc", "flatten")
 LAYERS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Conv2d, nn.Dropout, nn.Flatten, nn.Identity, nn.Linear)
 POOLS = (
     "SelectAdaptivePool2d", "FastAdaptiveAvgPool", "FastAdaptiveMaxPool", "FastAdaptiveAvgMaxPool",
@@ -28,38 +30,37 @@ class ClassifierPlan:
     """How a classifier runs as one: the plans of its parts, which hold while one pass over all finds nothing new.
 
     Attributes:
-        is_one: Whether it can; what swinfast does not know in a model or its head is called part by part.
         parameters: All inside.
         graphs: The CUDA graphs of the whole.
     """
 
     def __init__(self, model: "FusedClassifier", patch_embed: Plan, stages: SequencePlan):
         self.patch_embed, self.stages = patch_embed, stages
-        in_head = tuple(model.head.parameters())
-        self.is_one = _is_known(model) and all(type(parameter) is nn.Parameter for parameter in in_head)
-        self.parameters = tuple(dict.fromkeys((*patch_embed.parameters, *stages.parameters, *in_head)))
+        self._in_head = tuple(model.head.parameters())
+        self.parameters = tuple(dict.fromkeys((*patch_embed.parameters, *stages.parameters, *self._in_head)))
         self.graphs = Graphs(torch.contiguous_format)
         self._watch = Watch(list(model.modules()), self.parameters)
         parts = model.patch_embed, model.stages, *model.stages
-        self._plans = [(part._swinfast, part._swinfast.plan) for part in parts]
+        self._parts = [(part, part._swinfast, part._swinfast.plan) for part in parts]
         self._tables: dict[Hashable, tuple[list[int], tuple]] = {}  # with the versions of the weights they came from
 
     def holds(self, model: "FusedClassifier") -> bool:
         """Whether the plans are still the parts', and the model is what it was."""
         return (
-            all(settings.plan is plan for settings, plan in self._plans)
+            all(part._swinfast is settings and settings.plan is plan for part, settings, plan in self._parts)
             and not any(map(model.__dict__.__contains__, CALLED))
             and self._watch.holds()
             and not self._watch.is_random()
         )
 
     def tables(self, model: "FusedClassifier", kind: Hashable) -> tuple:
-        """What the backends of all parts need of the parameters: the same objects for as long as they are right."""
+        """What the backends of all parts need of the parameters, and last the head's own: the same objects for as long
+        as they are right, so that a graph keeps what it reads."""
         versions = list(map(version_of, self.parameters))
         kept = self._tables.get(kind)
         if kept is None or kept[0] != versions:
             tables = model.patch_embed.tables(self.patch_embed, kind), *model.stages.tables(self.stages, kind)
-            kept = self._tables[kind] = versions, tables
+            kept = self._tables[kind] = versions, (*tables, self._in_head)
         return kept[1]
 
     @property
@@ -79,20 +80,40 @@ class ClassifierPlan:
 
 
 def _is_known(model: nn.Module) -> bool:
-    """Whether a model does with its parts what its class does, and all of its head is known."""
-    cls, head = class_of(model), model.head
-    if foreign_methods(cls) or not is_a("ClassifierHead", type(head), cls):
+    """Whether a model does with its parts what its class does, and all of its head is known and can be watched."""
+    cls, head = class_of(model), model._modules.get("head")
+    if set(model._modules) != set(PARTS) or model._parameters or model._buffers:
         return False
-    if next(patches(head), None) is not None or any(method in head.__dict__ for method in methods(type(head))):
+    if not is_a("ClassifierHead", type(head), cls) or not all(map(_is_known_in_head, head.modules())):
         return False
-    if any(getattr(m, hooks) for m in head.modules() for hooks in HOOKS):
+    if foreign_methods(cls) or any(getattr(type(model), name) is not getattr(cls, name) for name in CALLED):
         return False
-    inside = ((type(child), type(parent)) for parent in head.modules() for child in parent.children())
-    return all(one in LAYERS or (one.__name__ in POOLS and is_a(one.__name__, one, parent)) for one, parent in inside)
+    return next(patches(head), None) is None and not any(
+        name in head.__dict__ for name in (*methods(type(head)), *IN_HEAD)
+    )
+
+
+def _is_known_in_head(module: nn.Module) -> bool:
+    """Whether nothing that a module computes with is hidden from those who watch its children and parameters."""
+    for child in module.children():
+        name = type(child).__name__
+        if type(child) not in LAYERS and not (name in POOLS and is_a(name, type(child), type(module))):
+            return False
+    if module._buffers or any(getattr(module, hooks) for hooks in HOOKS) or not module._modules.keys() <= set(IN_HEAD):
+        return False
+    if isinstance(module, WEIGHTED) and not {"weight", "bias"} <= module._parameters.keys():
+        return False
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    return all(type(p) is nn.Parameter and p.layout == torch.strided and not p.is_inference() for p in own)
 
 
 class FusedClassifier(Fused):
     """Images to logits in one CUDA graph, where that pays; else part by part, each replaced by itself."""
+
+    def __init__(self, *args, **kwargs):
+        """A model of the same class, not optimised yet, as type(fast)(...) makes it."""
+        super().__init__(*args, **kwargs)
+        self._swinfast = Settings("auto")
 
     def plan(self) -> ClassifierPlan | None:
         """How the classifier runs as one, None where each part must run by itself."""
@@ -100,19 +121,23 @@ class FusedClassifier(Fused):
         if kept is None or not kept.holds(self):
             plans = self._plans()
             kept = self._swinfast.plan = ClassifierPlan(self, *plans) if plans is not None else None
-        return kept if kept is not None and kept.is_one else None
+        return kept
 
     def _plans(self) -> tuple[Plan, SequencePlan] | None:
-        patch_embed, stages = self.patch_embed, self.stages
-        if not isinstance(patch_embed, FusedPatchEmbed) or not isinstance(stages, FusedStages):
+        """The plans of the parts, None where something must see them called, or one has no graphs."""
+        patch_embed, stages = self._modules.get("patch_embed"), self._modules.get("stages")
+        if not isinstance(patch_embed, FusedPatchEmbed) or not isinstance(stages, FusedStages) or not _is_known(self):
             return None
-        if any(method in self.__dict__ for method in CALLED):
+        if any(method in self.__dict__ for method in CALLED) or any(d.training for d in dropouts(self.head)):
             return None
-        for part in (patch_embed, stages):
-            if "forward" in part.__dict__ or any(getattr(part, hooks) for hooks in HOOKS):
+        for part, mixin in ((patch_embed, FusedPatchEmbed), (stages, FusedStages)):
+            if type(part).forward is not mixin.forward or "forward" in part.__dict__:
+                return None
+            if any(getattr(part, hooks) for hooks in HOOKS):
                 return None
         plans = patch_embed.plan(), stages.plan()
-        return plans if plans[1] is not None else None
+        graphless = any(part._swinfast.cuda_graphs is False for part in (patch_embed, stages))
+        return None if plans[1] is None or graphless else plans
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training or is_traced(x) or is_transformed() or not self._may_be_captured(x):
@@ -154,4 +179,4 @@ class FusedClassifier(Fused):
     def _compute(self, plan: ClassifierPlan, tables: tuple, x: Tensor) -> Tensor:
         first = plan.patch_embed
         held = [self.patch_embed._run(first.backend, first.spec, tables[0], x)]
-        return self.forward_head(self.stages.compute(plan.stages, tables[1:], held.pop()))
+        return self.forward_head(self.stages.compute(plan.stages, tables[1:-1], held.pop()))

@@ -51,13 +51,14 @@ class Graphs:
     """The graphs of one module, for as long as its plan holds.
 
     Attributes:
-        failure: Why nothing is captured any more, None where nothing went wrong.
+        failure: Why nothing is captured any more, or, without memory, nothing as large; None where nothing went wrong.
     """
 
     def __init__(self, memory_format: torch.memory_format = torch.channels_last):
         """memory_format: Of the input as the graphs keep it."""
         self._memory_format = memory_format
         self.failure: str | None = None
+        self._too_large = 0  # numbers of an input, from which on nothing is captured any more if there was a failure
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
         self._lock = threading.Lock()
@@ -140,7 +141,7 @@ class Graphs:
     def _capture(
         self, key: Hashable, x: Tensor, reads: tuple, compute: Callable[[tuple, Tensor], Tensor]
     ) -> Graph | None:
-        if self.failure is not None:
+        if self.failure is not None and x.numel() >= self._too_large:
             return None
         while len(self._graphs) >= KEPT:
             self._graphs.popitem(last=False)
@@ -150,9 +151,12 @@ class Graphs:
                 static.copy_(x)
                 compute(reads, static)  # compiles and loads what this input needs: neither may happen in a capture
                 replay, output = capture(lambda: compute(reads, static), x.device)
-        except Exception as error:  # out of memory, most likely
+        except Exception as error:
             self.failure = in_a_line(error)
-            warnings.warn(f"no CUDA graph from now on, since capturing one failed: {self.failure}", stacklevel=2)
+            no_memory = isinstance(error, torch.OutOfMemoryError)
+            self._too_large = x.numel() if no_memory else 0
+            which = "for as large an input" if no_memory else "from now on"
+            warnings.warn(f"no CUDA graph {which}, since capturing one failed: {self.failure}", stacklevel=2)
             return None
         memory = tuple(leaf.detach() for leaf in tree_leaves(reads) if isinstance(leaf, Tensor))
         self._graphs[key] = Graph(replay, static, output, reads, memory)

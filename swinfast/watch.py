@@ -41,8 +41,8 @@ class Watch:
         self._hooked = any(self._hooks)
         self._attributes = [m.__dict__ for m in self.modules[1:]]
         self._counts = list(map(len, self._attributes))  # a method that is patched on a module is one more
-        methods_of = [(cls, name) for cls in dict.fromkeys(map(class_of, self.modules)) for name in methods(cls)]
-        self._classes, self._names = zip(*methods_of, strict=True)
+        classes = dict.fromkeys((one, class_of(m)) for m in self.modules for one in (type(m), class_of(m)))
+        self._classes, self._names = zip(*((one, name) for one, cls in classes for name in methods(cls)), strict=True)
         self._methods = list(map(getattr, self._classes, self._names))
         watched = [(m.__dict__, name) for m in self.modules for name in WATCHED if name in m.__dict__]
         self._owners, self._settings_names = zip(*watched, strict=True) if watched else ((), ())

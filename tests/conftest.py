@@ -49,6 +49,11 @@ def captures(monkeypatch) -> Captures:
         monkeypatch.setattr(graphs, "stream_of", lambda device: captures.stream)
         monkeypatch.setattr(graphs, "are_possible", lambda device: True)
         monkeypatch.setattr(torch_backend, "capturable", True)
+        for name in ("derive_patch_embed", "derive_stage"):  # weights as they are, which a tape can read where they lie
+            derive = getattr(torch_backend, name)
+            monkeypatch.setattr(
+                torch_backend, name, lambda spec, traced, autocast, derive=derive: derive(spec, True, autocast)
+            )
         monkeypatch.setattr(torch_backend, "graph_pays", lambda elements, device, dtype: True, raising=False)
     return captures
 

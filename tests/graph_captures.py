@@ -1,9 +1,11 @@
 """What captures CUDA graphs in the tests: a GPU, or a stand-in; and the model that they are captured of."""
 
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from helpers import SMALL, make, random_images, relative_rms
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import swinfast
 from swinfast import graphs
@@ -34,6 +36,31 @@ def edit(either):
             parameter[: (len(parameter) + 1) // 2].add_(0.2)
 
 
+class Tape(TorchDispatchMode):
+    """Records operators with the memory that they read and wrote, and computes the same on it again, as a GPU would."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = tree_map(lambda one: one.detach() if isinstance(one, torch.Tensor) else one, (args, kwargs or {}))
+        self.operators.append((func, *inputs, [one.detach() for one in _tensors(out)]))
+        return out
+
+    def play(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, outputs in self.operators:
+                for made, kept in zip(_tensors(func(*args, **kwargs)), outputs, strict=True):
+                    if made.data_ptr() != kept.data_ptr():
+                        kept.copy_(made)
+
+
+def _tensors(out: object) -> list[torch.Tensor]:
+    return [one for one in tree_leaves(out) if isinstance(one, torch.Tensor)]
+
+
 class Captures:
     """Counts captures and replays; stands in for a GPU where there is none."""
 
@@ -50,19 +77,15 @@ class Captures:
         if device.type == "cuda":
             launch, output = self.real(compute, device)
         else:
-            output = compute()
-
-            def launch():
-                with torch.no_grad(), suppress(RuntimeError, AttributeError, TypeError):
-                    output.fill_(torch.nan)  # what a graph of other modules would leave, where these can't compute
-                    output.copy_(compute())
+            with Tape() as tape:
+                output = compute()
+            launch = tape.play
+            output.detach().fill_(torch.nan)  # a capture computes nothing
 
         def replay():
             self.replayed += 1
             launch()
 
-        if device.type == "cpu":
-            output.fill_(torch.nan)  # a capture computes nothing
         return replay, output
 
     @contextmanager

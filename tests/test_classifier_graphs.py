@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from graph_captures import DEVICE, TINY, assert_right, images, optimised, tiny
-from helpers import make, random_images, relative_rms
+from helpers import make, random_images, randomise, relative_rms
 from torch import nn
 
 import swinfast
@@ -219,11 +219,65 @@ def make_weights_of_a_class_of_ones_own(either):
     either.head.fc.weight = Weight(either.head.fc.weight * 2)
 
 
+def override_a_method_of_the_class_it_has_now(either):
+    whole = type(either).forward_features
+    either.__class__ = type("Mine", (type(either),), {"forward_features": lambda self, x: whole(self, x) * 1.5})
+
+
+def override_the_forward_of(name):
+    def override(either):
+        part = getattr(either, name)
+        whole = type(part).forward
+        part.__class__ = type("Mine", (type(part),), {"forward": lambda self, x: whole(self, x).flip(1)})
+
+    override.__name__ = f"override_the_forward_of_{name}"
+    return override
+
+
+def weight_that_is_no_parameter(either):
+    weight = either.head.fc.weight.detach() * 2
+    del either.head.fc.weight
+    either.head.fc.weight = weight
+
+
+def layer_that_is_no_module(either):
+    del either.head.fc
+    either.head.fc = lambda x: x * 2
+
+
+def more_in_the_model(either):
+    either.more = nn.Identity()
+    either.forward_head = lambda x, pre_logits=False: either.more(type(either).forward_head(either, x, pre_logits)) + 1
+
+
+def sparse_weight(either):
+    either.head.fc.weight = nn.Parameter((either.head.fc.weight * 2).to_sparse_csr(), requires_grad=False)
+
+
+def classifier_made_in_inference_mode(either):
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        either.reset_classifier(5)
+    either.requires_grad_(False)
+
+
+def scripted_layer(either):
+    either.head.fc = torch.jit.script(nn.Sequential(either.head.fc, nn.Softplus()))
+
+
+def head_that_is_no_module(either):
+    del either.head
+    either.head = lambda x: x.amax((2, 3))
+
+
 CALLED_AT_EVERY_CALL = [  # by Python: no graph may go around them
     other_forward_of_a_layer, patch_a_layer, hook_the_head, hook_a_layer, hook_the_patch_embedding, hook_the_stages,
     hook_a_stage, patch_features, patch_the_head, replace_the_head, replace_the_stages, patch_the_patch_embedding,
     patch_the_stages, patch_the_forward_of_the_head, replace_a_norm, replace_the_classifier_by_ones_own,
-    make_weights_of_a_class_of_ones_own,
+    make_weights_of_a_class_of_ones_own, override_a_method_of_the_class_it_has_now,
+    override_the_forward_of("patch_embed"), override_the_forward_of("stages"), weight_that_is_no_parameter,
+    layer_that_is_no_module, more_in_the_model, sparse_weight, classifier_made_in_inference_mode, scripted_layer,
+    head_that_is_no_module,
 ]  # fmt: skip
 CHANGES = [
     *CALLED_AT_EVERY_CALL, replace_classifier, replace_layer, replace_weight, move_data, pool_otherwise, drop_bias,
@@ -311,6 +365,62 @@ def test_a_parameter_that_is_deleted(model, captures):
         fast(images())
 
 
+def test_a_weight_that_is_no_parameter_is_edited(model, captures):
+    for either in (model, fast := optimised(model)):
+        weight_that_is_no_parameter(either)
+    for factor in (1, 2, 3, 4):
+        for either in (model, fast):
+            either.head.fc.weight = either.head.fc.weight * factor
+        assert_right(fast, model, images())
+
+
+def test_a_graph_keeps_what_it_reads(model, captures):
+    """A replay may come before it is asked whether it still is the right one."""
+    fast = warmed(model)
+    (graph,) = fast._swinfast.plan.graphs._graphs.values()
+    weight = fast.head.fc.weight
+    before = weight.data_ptr()
+    weight.data = weight.data * 2
+    assert before in {kept.data_ptr() for kept in graph.memory} and weight.data_ptr() != before
+
+
+def test_a_part_is_optimised_anew(model, captures):
+    fast = optimised(model, mean=(0.4,) * 3, std=(0.2,) * 3)
+    pixels = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8, device=DEVICE)
+    for _ in range(3):
+        fast(pixels)
+    backend = "triton" if DEVICE.type == "cuda" else "torch"
+    swinfast.optimize(fast.patch_embed, backend=backend, inplace=True, mean=(0.1,) * 3, std=(0.5,) * 3)
+    for _ in range(3):
+        assert relative_rms(fast(pixels), model((pixels / 255 - 0.1) / 0.5)) <= 1e-4
+    swinfast.optimize(fast.stages, backend=backend, inplace=True, cuda_graphs=False)
+    replayed = captures.replayed
+    for _ in range(3):
+        fast(pixels)
+    assert captures.replayed <= replayed + 1  # in vain
+
+
+def test_a_copy_of_the_class(timm, captures):
+    """Another's classifier may do more than its parts: they are replaced, and it is not."""
+
+    class SwinTransformerV2Cr(timm.models.swin_transformer_v2_cr.SwinTransformerV2Cr):
+        def forward(self, x, factor=2.0):
+            return super().forward(x) * factor
+
+    model = randomise(SwinTransformerV2Cr(**TINY)).eval().to(DEVICE).requires_grad_(False)
+    fast = optimised(model)
+    assert not isinstance(fast, FusedClassifier)
+    for _ in range(3):
+        assert_right(fast, model, images())
+        assert relative_rms(fast(images(), factor=3.0), model(images(), factor=3.0)) <= 1e-5
+
+
+def test_the_class_makes_models(model):
+    other = type(optimised(model))(**TINY).eval().to(DEVICE)
+    other.load_state_dict(model.state_dict())
+    assert_right(other, model, images())
+
+
 def test_derivations_of_all_parts(model, captures):
     fast = warmed(model)
     plan = fast._swinfast.plan
@@ -344,7 +454,7 @@ def test_a_head_that_is_not_known(model, captures):
         either.head = Head()
     for seed in range(3):
         assert_right(fast, model, images(seed=seed))
-    assert len(fast.stages._swinfast.plan.graphs) == 1 and not len(fast._swinfast.plan.graphs)
+    assert len(fast.stages._swinfast.plan.graphs) == 1 and not spans_any(fast)
 
 
 def test_the_parts_by_themselves(model, captures):

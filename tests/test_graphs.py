@@ -209,7 +209,7 @@ def test_gradients(model, captures):
             x = images(seed=seed).requires_grad_()
             results.append(torch.autograd.grad(either(x).square().sum(), [x, *either.parameters()]))
         scale = max(gradient.norm() for gradient in results[0])
-        assert all((got - true).norm() <= 1e-4 * scale for true, got in zip(*results, strict=True))
+        assert all((got - true).norm() <= 3e-4 * scale for true, got in zip(*results, strict=True))
     assert (captures.captured, captures.replayed) == (1, 2)  # the backward pass captures nothing
 
 
@@ -218,11 +218,12 @@ def test_out_of_memory_in_a_capture(model, captures):
     fast(images())
     captures.error = torch.OutOfMemoryError("no room for a graph\nand more")
     with pytest.warns(
-        UserWarning, match="no CUDA graph from now on, since capturing one failed: OutOfMemoryError: no room"
+        UserWarning, match="no CUDA graph for as large an input, since capturing one failed: OutOfMemoryError: no room"
     ):
         assert_right(fast, model, images())
     captures.error = None
     for _ in range(3):  # said once, and plain from now on
+        assert_right(fast, model, images(2))
         assert_right(fast, model, images())
     assert captures.captured == 0
     expected = "no CUDA graph, since capturing one failed: OutOfMemoryError: no room for a graph"
@@ -231,6 +232,18 @@ def test_out_of_memory_in_a_capture(model, captures):
     swinfast.refresh(fast)
     for _ in range(2):
         assert_right(fast, model, images())
+    assert captures.captured == 1
+
+
+def test_smaller_inputs_are_captured_after_one_was_too_large(model, captures):
+    fast = optimised(model)
+    fast(images(4))
+    captures.error = torch.OutOfMemoryError("no room for a graph")
+    with pytest.warns(UserWarning, match="no CUDA graph for as large an input"):
+        assert_right(fast, model, images(4))
+    captures.error = None
+    for batch in (4, 5, 2, 2, 5, 4):
+        assert_right(fast, model, images(batch))
     assert captures.captured == 1
 
 
