@@ -1,4 +1,4 @@
-"""The classifier as a whole, replaced: for few images on a GPU one CUDA graph spans all that it does."""
+"""The classifier as a whole, replaced: on a GPU one CUDA graph spans all that it does."""
 
 from collections.abc import Hashable
 from functools import partial

@@ -18,7 +18,7 @@ from .autocast import autocast_dtype
 from .backends import choose
 from .calls import is_traced, is_transformed, kind_of, needs_grad
 from .errors import in_a_line
-from .plan import Plan, SequencePlan
+from .plan import Plan
 from .recompute import FusedForward
 from .self_check import is_asked_for, self_check
 from .specs import ImageScale
@@ -29,7 +29,7 @@ class Settings:
 
     Attributes:
         image_scale: Mean and std for uint8 images.
-        plan: How the module runs.
+        plan: How the module runs: a Plan, a SequencePlan or a ClassifierPlan, None where that is not known.
         failure: How Triton failed at the module, None where it has not.
         unchecked: Whether Triton's next answer is to be checked; until it was, no CUDA graph is made.
     """
@@ -42,7 +42,7 @@ class Settings:
 
     def forget(self) -> None:
         """Find out anew how the module runs."""
-        self.plan: Plan | SequencePlan | None = None
+        self.plan: Any = None
         self.failure: str | None = None
         self.unchecked = is_asked_for()
 

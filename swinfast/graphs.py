@@ -1,5 +1,4 @@
-"""CUDA graphs: the dozens of launches of a module in one, for batches so small that launching takes longer than
-computing.
+"""CUDA graphs: the dozens of launches of a module in one, where launching may take longer than computing.
 
 A graph is recorded for one signature of the input, on one stream, when it is seen for the second time; until then, and
 wherever no graph can be, the kernels are launched one by one. Input and output are copied, so a caller owns what it
