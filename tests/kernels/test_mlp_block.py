@@ -117,7 +117,7 @@ def test_errors():
 MUTANTS = {
     "residual left out": ("tiny", module, "acc = add_rows", "_ = add_rows"),
     "no hidden bias": ("tiny", module, "added if BIAS_FIRST else tl.zeros_like(added)", "tl.zeros_like(added)"),
-    "no bias": ("tiny", module, "acc + (in_each_row(", "acc + (0 * in_each_row("),
+    "no bias": ("tiny", tiles, "tiles + (in_each_row(", "tiles + (0 * in_each_row("),
     "no norm": ("tiny", module, "acc = layer_norm(acc, norm", "_ = layer_norm(acc, norm"),
     "no second norm": ("second norm", module, "if EXTRA_NORM:", "if False:"),
     "second norm with the first's eps": ("second norm", module, "extra_bias, extra_eps, C", "extra_bias, eps, C"),
