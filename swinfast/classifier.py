@@ -99,7 +99,7 @@ def _is_known_in_head(module: nn.Module) -> bool:
         name = type(child).__name__
         if type(child) not in LAYERS and not (name in POOLS and is_a(name, type(child), type(module))):
             return False
-    if module._buffers or any(getattr(module, hooks) for hooks in HOOKS) or not module._modules.keys() <= set(IN_HEAD):
+    if any(getattr(module, hooks) for hooks in HOOKS):
         return False
     if isinstance(module, WEIGHTED) and not {"weight", "bias"} <= module._parameters.keys():
         return False

@@ -216,7 +216,7 @@ def make_weights_of_a_class_of_ones_own(either):
     class Weight(nn.Parameter):
         pass
 
-    either.head.fc.weight = Weight(either.head.fc.weight * 2)
+    either.head.fc.weight = Weight(either.head.fc.weight * 2, requires_grad=False)
 
 
 def override_a_method_of_the_class_it_has_now(either):
@@ -309,6 +309,23 @@ def test_a_method_of_the_class_that_is_patched(model, captures, monkeypatch):
     for _ in range(4):
         assert_right(fast, model, images(seed=9))
     assert not spans_any(fast)
+
+
+def test_a_method_of_the_class_it_has_now_that_is_patched(model, captures, monkeypatch):
+    fast = warmed(model)
+    whole = type(fast).forward_features
+    monkeypatch.setattr(type(fast), "forward_features", lambda self, x: whole(self, x).flip(3) * 2)
+    expected = model.forward_head(model.forward_features(images()) * 2)
+    for _ in range(3):
+        assert relative_rms(fast(images()), expected) <= 1e-5
+
+
+def test_modules_beside_the_parts(model, captures):
+    """A scripted one has no structure that could be watched."""
+    fast = warmed(model)
+    fast.beside = torch.jit.script(nn.Linear(2, 2))
+    for _ in range(3):
+        assert_right(fast, model, images())
 
 
 def test_hooks_of_all_modules(model, captures):
@@ -440,7 +457,7 @@ def test_a_dropout_in_the_head(timm, captures):
     fast.head.drop.train()
     answers = [fast(images()) for _ in range(4)]
     assert not torch.equal(answers[2], answers[3])
-    assert not spans_any(fast)  # one is launched in vain, and no other
+    assert fast._swinfast.plan is None  # one graph is launched in vain, and no other
     fast.head.drop.eval()
     assert_right(fast, model, images())
 
