@@ -39,7 +39,7 @@ def trips(job: Job) -> list[int]:
         blocks = (size["KEYS"] - size["TAIL"]) // size["BLOCK_N"]
         return [blocks - 1] * (blocks > 2) + [size["IMAGES"]] * (size["IMAGES"] > 1)
     if job.kernel == "mlp_block":
-        return [-(-size["HIDDEN"] // size["BLOCK_HIDDEN"])]
+        return [-(-size["HIDDEN"] // size["BLOCK_HIDDEN"]) - size.get("AHEAD", 0)]  # those ahead are outside the loop
     return [-(-size["K"] // size["BLOCK_K"])] if "BLOCK_K" in size else []
 
 

@@ -10,10 +10,10 @@ from . import graphs
 from .adapters import HOOKS, WEIGHTED, class_of, dropouts, foreign_methods, is_a, methods, patches
 from .autocast import autocast_dtype
 from .calls import is_traced, is_transformed, kind_of, needs_grad
-from .fused import Fused, FusedPatchEmbed, Settings
+from .fused import FusedPatchEmbed, Settings
 from .graphs import Graphs
 from .plan import Plan, SequencePlan, version_of
-from .sequence import FusedStages
+from .sequence import FusedStages, FusedWhole
 from .watch import Watch
 
 PARTS = ("patch_embed", "stages", "head")  # all that the original forward calls, one after the other
@@ -30,19 +30,20 @@ class ClassifierPlan:
     """How a classifier runs as one: the plans of its parts, which hold while one pass over all finds nothing new.
 
     Attributes:
-        parameters: All inside.
+        parameters: All inside, and in_head those of the head, which a graph reads as they are.
         graphs: The CUDA graphs of the whole.
+        tables: What the parts' backends need of the parameters, with the versions of these that it came from.
     """
 
     def __init__(self, model: "FusedClassifier", patch_embed: Plan, stages: SequencePlan):
         self.patch_embed, self.stages = patch_embed, stages
-        self._in_head = tuple(model.head.parameters())
-        self.parameters = tuple(dict.fromkeys((*patch_embed.parameters, *stages.parameters, *self._in_head)))
+        self.in_head = tuple(model.head.parameters())
+        self.parameters = tuple(dict.fromkeys((*patch_embed.parameters, *stages.parameters, *self.in_head)))
         self.graphs = Graphs(torch.contiguous_format)
         self._watch = Watch(list(model.modules()), self.parameters)
         parts = model.patch_embed, model.stages, *model.stages
         self._parts = [(part, part._swinfast, part._swinfast.plan) for part in parts]
-        self._tables: dict[Hashable, tuple[list[int], tuple]] = {}  # with the versions of the weights they came from
+        self.tables: dict[Hashable, tuple[list[int], tuple]] = {}
 
     def holds(self, model: "FusedClassifier") -> bool:
         """Whether the plans are still the parts', and the model is what it was."""
@@ -52,16 +53,6 @@ class ClassifierPlan:
             and self._watch.holds()
             and not self._watch.is_random()
         )
-
-    def tables(self, model: "FusedClassifier", kind: Hashable) -> tuple:
-        """What the backends of all parts need of the parameters, and last the head's own: the same objects for as long
-        as they are right, so that a graph keeps what it reads."""
-        versions = list(map(version_of, self.parameters))
-        kept = self._tables.get(kind)
-        if kept is None or kept[0] != versions:
-            tables = model.patch_embed.tables(self.patch_embed, kind), *model.stages.tables(self.stages, kind)
-            kept = self._tables[kind] = versions, (*tables, self._in_head)
-        return kept[1]
 
     @property
     def derivations(self) -> int:
@@ -107,7 +98,7 @@ def _is_known_in_head(module: nn.Module) -> bool:
     return all(type(p) is nn.Parameter and p.layout == torch.strided and not p.is_inference() for p in own)
 
 
-class FusedClassifier(Fused):
+class FusedClassifier(FusedWhole):
     """Images to logits in one CUDA graph, where that pays; else part by part, each replaced by itself."""
 
     def __init__(self, *args, **kwargs):
@@ -116,12 +107,19 @@ class FusedClassifier(Fused):
         self._swinfast = Settings("auto")
 
     def plan(self) -> ClassifierPlan | None:
-        """How the classifier runs as one, None where each part must run by itself."""
         kept = self._swinfast.plan
         if kept is None or not kept.holds(self):
             plans = self._plans()
             kept = self._swinfast.plan = ClassifierPlan(self, *plans) if plans is not None else None
         return kept
+
+    def tables(self, plan: ClassifierPlan, kind: tuple) -> tuple:
+        versions = list(map(version_of, plan.parameters))
+        kept = plan.tables.get(kind)
+        if kept is None or kept[0] != versions:
+            parts = self.patch_embed.tables(plan.patch_embed, kind), *self.stages.tables(plan.stages, kind)
+            kept = plan.tables[kind] = versions, (*parts, plan.in_head)
+        return kept[1]
 
     def _plans(self) -> tuple[Plan, SequencePlan] | None:
         """The plans of the parts, None where something must see them called, or one has no graphs."""
@@ -142,24 +140,19 @@ class FusedClassifier(Fused):
     def forward(self, x: Tensor) -> Tensor:
         if self.training or is_traced(x) or is_transformed() or not self._may_be_captured(x):
             return super().forward(x)
-        kind, kept = kind_of(x), self._swinfast.plan
-        if kept is not None and kept.graphs and self._pays(kept, x):
-            out = kept.graphs.replayed(
-                x,
-                kind,
-                holds=lambda: self.plan() is kept,
-                reads=lambda: kept.tables(self, kind),
-                made=lambda: kept.derivations,
-            )
-            if out is not None:
-                return out
+        out = self.replayed(x)
+        if out is not None:
+            return out
         plan = self.plan()
-        if plan is None or not self._pays(plan, x) or self._is_unchecked():
+        if plan is None or self._is_unchecked() or needs_grad(x, plan.parameters):
             return super().forward(x)
+        if not graphs.may_run(self._swinfast.cuda_graphs, plan, x):
+            return super().forward(x)
+        kind = kind_of(x)
         return plan.graphs.run(
             x,
             kind,
-            reads=lambda: plan.tables(self, kind),
+            reads=lambda: self.tables(plan, kind),
             compute=partial(self._compute, plan),
             plain=partial(self.original.forward, self, x),
         )
@@ -169,9 +162,6 @@ class FusedClassifier(Fused):
         read and edits would not reach."""
         wanted = self._swinfast.cuda_graphs is not False and x.dim() == 4
         return wanted and graphs.on_gpu(x) and autocast_dtype(x.device) is None
-
-    def _pays(self, plan: ClassifierPlan, x: Tensor) -> bool:
-        return graphs.may_run(self._swinfast.cuda_graphs, plan, x) and not needs_grad(x, plan.parameters)
 
     def _is_unchecked(self) -> bool:
         return any(module._swinfast.unchecked for module in (self.patch_embed, *self.stages))

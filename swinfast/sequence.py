@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,35 @@ from .recompute import FusedForward
 GPU_PART = 80 << 20  # numbers of the residual stream that are worked on at a time on a GPU: more than fills it
 
 
-class FusedStages(Fused):
+class FusedWhole(Fused):
+    """Modules that run as one: their plan has the graphs of the whole."""
+
+    def plan(self) -> Any:
+        """How they run as one, None where each must run by itself."""
+        raise NotImplementedError
+
+    def tables(self, plan: Any, kind: tuple) -> tuple:
+        """What their backends need of the parameters: the same objects for as long as they are right."""
+        raise NotImplementedError
+
+    def replayed(self, x: Tensor) -> Tensor | None:
+        """The answer of a graph, where there is one and nothing has changed since it was captured."""
+        plan = self._swinfast.plan
+        if plan is None or not plan.graphs or needs_grad(x, plan.parameters):
+            return None
+        if not graphs.may_run(self._swinfast.cuda_graphs, plan, x):
+            return None
+        kind = kind_of(x)
+        return plan.graphs.replayed(
+            x,
+            kind,
+            holds=lambda: self.plan() is plan,
+            reads=lambda: self.tables(plan, kind),
+            made=lambda: plan.derivations,
+        )
+
+
+class FusedStages(FusedWhole):
     """The Sequential of stages: one computation, where nothing in or on a stage could tell it from several.
 
     On a GPU one CUDA graph spans it, or a large batch goes through it in parts.
@@ -32,7 +61,6 @@ class FusedStages(Fused):
         return part
 
     def plan(self) -> SequencePlan | None:
-        """How the stages run as one, None where each must run by itself."""
         plans = self._plans()
         kept = self._swinfast.plan
         if plans is None:
@@ -57,9 +85,9 @@ class FusedStages(Fused):
     def forward(self, x: Tensor) -> Tensor:
         if self.training or is_traced(x) or is_transformed():
             return super().forward(x)
-        replayed = self._replayed(x)
-        if replayed is not None:
-            return replayed
+        out = self.replayed(x)
+        if out is not None:
+            return out
         plan = self.plan()
         if plan is None:
             return super().forward(x)
@@ -67,24 +95,7 @@ class FusedStages(Fused):
             return FusedForward.apply(self, plan, x, *plan.parameters)
         return self.fused_forward(plan, x)
 
-    def _replayed(self, x: Tensor) -> Tensor | None:
-        """The answer of a graph, where there is one and nothing has changed since it was captured."""
-        plan = self._swinfast.plan
-        if plan is None or not plan.graphs or needs_grad(x, plan.parameters):
-            return None
-        if not graphs.may_run(self._swinfast.cuda_graphs, plan, x):
-            return None
-        kind = kind_of(x)
-        return plan.graphs.replayed(
-            x,
-            kind,
-            holds=lambda: self.plan() is plan,
-            reads=lambda: self.tables(plan, kind),
-            made=lambda: plan.derivations,
-        )
-
     def tables(self, plan: SequencePlan, kind: tuple) -> tuple:
-        """What the stages' backends need of the parameters."""
         return tuple(stage.tables(one, kind) for stage, one in zip(self, plan.plans, strict=True))
 
     def original_forward(self, x: Tensor) -> Tensor:

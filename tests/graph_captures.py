@@ -26,6 +26,18 @@ def images(batch=1, seed=0, size=16):
     return random_images(batch, 3, size, size, seed=seed).to(DEVICE)
 
 
+def warmed(model, **options):
+    fast = optimised(model, **options)
+    for seed in range(3):
+        fast(images(seed=seed))
+    return fast
+
+
+def spans_any(fast):
+    """Whether there is a graph of the whole classifier."""
+    return fast._swinfast.plan is not None and len(fast._swinfast.plan.graphs) > 0
+
+
 def assert_right(fast, model, x):
     assert relative_rms(fast(x), model(x)) <= 1e-5
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +54,12 @@ def test_instructions_are_counted_with_their_loops():
     assert sass.count(SASS.replace("@!P0 BRA `(.L_x_0)", "NOP"), [5]) == 8
     with pytest.raises(ValueError, match="1 loops in the machine code, 2 in the source"):
         sass.count(SASS, [5, 5])
+
+
+@pytest.mark.parametrize(("ahead", "expected"), [({}, 12), ({"AHEAD": 0}, 12), ({"AHEAD": 2}, 10)])
+def test_chunks_that_are_ahead_are_outside_the_loop(ahead, expected):
+    job = SimpleNamespace(kernel="mlp_block", named={"HIDDEN": 384, "BLOCK_HIDDEN": 32} | ahead)
+    assert sass.trips(job) == [expected]
 
 
 def test_rates():
