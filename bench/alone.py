@@ -1,11 +1,12 @@
 """Configurations of one kernel, checked and timed by calls of it alone."""
 
+import statistics
 from collections.abc import Callable, Sequence
 
 import torch
 from swinfast.kernels.configs import Config, override
 
-from bench.cases import Case, Oracle, call_arguments, inputs_of, operation, tf32_setting
+from bench.cases import Case, Oracle, Wrong, call_arguments, inputs_of, operation, tf32_setting
 from bench.forms import GAIN
 from bench.kernels import problem_of
 from bench.peaks import Timer, launches_of
@@ -18,6 +19,25 @@ STICKY = ("CUDA error", "illegal memory access", "misaligned address", "device-s
 
 class Crashed(Exception):
     """The GPU's context is lost: only a new process can go on."""
+
+
+def outcome_of(error: Exception) -> Exception:
+    """An error as it is, or that the GPU's context is lost."""
+    return Crashed(problem_of(error)) if any(text in str(error) for text in STICKY) else error
+
+
+def in_words(outcome: Exception) -> str:
+    """What the log says of a candidate that has no time."""
+    kind = "wrong" if isinstance(outcome, Wrong) else "crashed" if isinstance(outcome, Crashed) else "failed"
+    return f"{kind}: {problem_of(outcome)}"
+
+
+def winner(times: Sequence[Sequence[float]], gain: float) -> int:
+    """Which wins, by [which][round]: the first, unless another takes less, by the gain and in all rounds but one."""
+    totals = [statistics.median(rounds) for rounds in times]
+    best = min(range(len(times)), key=totals.__getitem__)
+    beaten = sum(mine < other for mine, other in zip(times[best], times[0], strict=True))
+    return best if totals[best] < (1 - gain) * totals[0] and beaten >= len(times[0]) - 1 else 0
 
 
 class Bench:
@@ -45,8 +65,7 @@ class Bench:
             try:
                 outcome = self._checked(config, known)
             except Exception as error:  # a candidate that fails is skipped and named
-                sticky = any(text in str(error) for text in STICKY)
-                outcome = Crashed(problem_of(error)) if sticky else error
+                outcome = outcome_of(error)
             done(config, outcome)
             if isinstance(outcome, Crashed):
                 raise outcome

@@ -30,6 +30,7 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_stages": (1, 2, 3),
     },
     "attention_block": {"IMAGES": (1, 4, 16), "num_warps": (4, 8, 16), "num_stages": (1, 2, 3)},
+    "qkv_attention": {"BLOCK_K": (16, 32, 64, 128, 256), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)},
 }  # fmt: skip
 LAUNCH = ("num_warps", "num_stages")
 REGISTERS = {4: (96, 128, 168), 8: (80, 128)}  # limits, by a program's warps: each makes room for one more program
@@ -113,6 +114,8 @@ def plausible(kernel: str, sizes: dict[str, int], precision: str, candidate: Con
         return blocks["BLOCK_M"] * max(blocks["BLOCK_N"], sizes["block_d"]) <= PER_THREAD[1] * threads // 2
     if kernel == "attention_block":
         return True
+    if kernel == "qkv_attention":
+        return blocks["BLOCK_K"] <= triton.next_power_of_2(sizes["channels"])
     width = blocks.get("BLOCK_N") or _width(candidate, sizes["channels"]) * (4 if kernel == "merge_norm" else 1)
     if blocks["BLOCK_M"] > max(16, sizes.get("rows", MANY)):
         return False

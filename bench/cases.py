@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from swinfast.kernels.attention_block import arranged, slots
 from swinfast.kernels.configs import Config, override
 from swinfast.kernels.launch import INTERPRETED, Launch, record
 from swinfast.kernels.shapes import PRECISIONS
 from swinfast.kernels.window_attention import padded_size
+from swinfast.kernels.windows import LARGEST_TILE, arranged, slots
 from swinfast.reference import ops
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,6 +40,12 @@ FORMS = {  # the parts of a block that several kernels can compute, all in one k
         "projection": "linear_norm_residual",
         "mlp_half": "mlp_block",
         "mlp_output": "linear_norm_residual",
+    },
+    "by heads": {
+        "attention_half": "qkv_attention",
+        "projection": "linear_norm_residual",
+        "mlp_half": "linear",
+        "mlp_output": "linear",
     },
     "partly": {
         "attention_half": "window_attention",
@@ -122,7 +128,7 @@ def choose_forms(forms: dict[str, str], channels: int | None = None) -> Callable
         use = forms.get(kernel)
         if use is None or (channels is not None and shape["channels"] != channels):
             return None
-        if use == "attention_block" and shape["tokens"] > 64:
+        if use in ("attention_block", "qkv_attention") and shape["tokens"] > LARGEST_TILE:
             return None
         return Config({"use": use}, 4, 1, "chosen for this run")
 
@@ -230,19 +236,19 @@ def call_arguments(case: Case, inputs: Arguments) -> Arguments:
         return inputs
     table, window = inputs["table"], tuple(case.arguments["window_size"])
     types, heads = table.shape[:2]
-    whole = case.operation == "attention_block"
-    if whole:
+    in_threads = case.arguments["table"].dim() == 5  # of the two layouts, arranged()
+    if in_threads:
         queries = keys = slots(window)
     else:
-        qkv = inputs["qkv"]
-        queries, keys = padded_size(table.device, qkv.dtype, window, qkv.shape[-1] // 3 // heads)
+        bias = inputs["qkv_bias"]
+        queries, keys = padded_size(table.device, bias.dtype, window, len(bias) // 3 // heads)
     shape = (types, heads, queries, keys)
     padded = torch.zeros(shape, dtype=table.dtype, device="meta" if table.is_meta else "cpu")
     if not table.is_meta:
         tokens = math.prod(window)
         padded[..., tokens:] = -math.inf
         padded[:, :, :tokens, :tokens] = table.cpu()
-    return inputs | {"table": (arranged(padded) if whole else padded).to(table.device)}
+    return inputs | {"table": (arranged(padded) if in_threads else padded).to(table.device)}
 
 
 def launch_of(case: Case, chosen: Config, arch: str) -> Launch:

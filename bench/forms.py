@@ -1,12 +1,13 @@
 """Which composition of a block is the fastest, by the measured times of the kernels that each is made of."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from swinfast.kernels.configs import at_most
+from swinfast.kernels.configs import MANY, at_most
 from swinfast.kernels.launch import record
 from swinfast.kernels.shapes import PRECISIONS
-from swinfast.kernels.stages import forms_of
+from swinfast.kernels.stages import BOTH_LAYOUTS, forms_of
 from torch import nn
 
 from bench.candidates import FEW, SIXTEEN_BITS
@@ -14,6 +15,20 @@ from bench.cases import FORMS, cases_of, choose_forms, model_named, tf32_setting
 from bench.config_tables import Row
 
 GAIN = 0.02  # that a measured choice must win by
+HALVES = (("attention_half", "projection"), ("mlp_half", "mlp_output"))  # which form each is of, and what comes last
+WHOLE = ("attention_block", "mlp_block")  # forms after which nothing comes
+
+Option = tuple[str, str]
+
+
+class Kind(NamedTuple):
+    """The blocks of a model that have sizes in common."""
+
+    channels: int
+    tokens: int  # of a window
+    rows: int
+    present: dict[str, str]  # their forms by part
+    many: str  # attention_half for many rows
 
 
 def precisions_of(precision: str) -> list[str]:
@@ -27,6 +42,52 @@ def source_of(about: dict[str, str], models: str, precision: str, numbers: str) 
     return f"{about['source']} on {about['device']}, {versions}, {models}, {precision}: {numbers}"
 
 
+def when_few(rows: int) -> dict[str, int]:
+    """What a choice that was measured with a number of rows holds for: any number, or few, up to twice as many."""
+    return {} if rows > FEW else {"rows_max": 2 * rows}
+
+
+def kinds_of(model: nn.Module, batch: int, precision: str, arch: str) -> list[Kind]:
+    """All kinds of blocks that a model has."""
+    found = {}
+    for block in (block for stage in model.stages for block in stage.blocks):
+        channels, window = block.norm1.normalized_shape[0], tuple(block.window_size)
+        rows = at_most(batch * block.feat_size[0] * block.feat_size[1])
+        with record(arch), tf32_setting(precision):
+            present, many = (
+                forms_of(channels, window, PRECISIONS[precision], torch.device("meta"), number)
+                for number in (rows, MANY)
+            )
+        sizes = channels, window[0] * window[1], rows
+        found[sizes] = Kind(*sizes, present._asdict(), many.attention_half)
+    return list(found.values())
+
+
+def options_of(kind: Kind, parts: Option) -> list[Option]:
+    """What can compute one of HALVES, what does at present first.
+
+    Where rows are few, attention must take the table of position biases as it is laid out for many.
+    """
+    half, last = parts
+    found = [(kind.present[half], kind.present[last])]
+    for form in dict.fromkeys(forms[half] for forms in FORMS.values()):
+        if half == "attention_half" and when_few(kind.rows) and form not in (kind.many, BOTH_LAYOUTS):
+            continue
+        ends = [kind.present[last]] if form in WHOLE else dict.fromkeys(forms[last] for forms in FORMS.values())
+        found += [(form, end) for end in ends]
+    return list(dict.fromkeys(found))
+
+
+def rows_of(kind: Kind, parts: Option, best: Option, precision: str, source: str) -> list[Row]:
+    """Rows that choose an option where it is not chosen at present."""
+    when = {"channels": kind.channels, "tokens": kind.tokens} | when_few(kind.rows)
+    return [
+        {"kernel": part, "precision": precisions_of(precision), "when": when, "blocks": {"use": use}, "source": source}
+        for part, use in zip(parts, best, strict=True)
+        if use != kind.present[part]
+    ]
+
+
 def form_rows(
     models: Sequence[str], batch: int, precision: str, arch: str, us: dict[tuple, float], about: dict[str, str]
 ) -> list[Row]:
@@ -38,46 +99,19 @@ def form_rows(
     rows = []
     for name in models:
         model = model_named(name)
-        for channels, tokens, count, present in _blocks(model, batch, precision, arch):
-            few = when_few(count)
-            for parts in (("attention_half", "projection"), ("mlp_half", "mlp_output")):
-                options = list(dict.fromkeys(tuple(forms[part] for part in parts) for forms in FORMS.values()))
-                if few:  # attention_half is the same for any number of rows
-                    options = [one for one in options if parts[0] == "mlp_half" or one[0] == present[parts[0]]]
-                now = tuple(present[part] for part in parts)
+        for kind in kinds_of(model, batch, precision, arch):
+            for parts in HALVES:
+                now, *others = options_of(kind, parts)
                 costs = {}
-                for option in dict.fromkeys([now, *options]):
-                    forms = choose_forms(dict(zip(parts, option, strict=True)), channels)
-                    calls = {case.key: case.calls for case in cases_of(model, batch, precision, arch, forms)}
-                    costs[option] = calls
+                for option in (now, *others):
+                    forms = choose_forms(dict(zip(parts, option, strict=True)), kind.channels)
+                    costs[option] = {case.key: case.calls for case in cases_of(model, batch, precision, arch, forms)}
                 best, ratio = _cheapest(costs, now, us)
                 if best != now:
                     numbers = f"{ratio:.3f} of the kernels' time of {' and '.join(now)}"
                     source = source_of(about, f"{name} batch {batch}", precision, numbers)
-                    when = {"channels": channels, "tokens": tokens}
-                    rows += [
-                        {"kernel": part, "precision": precisions_of(precision), "when": when | few,
-                         "blocks": {"use": use}, "source": source}
-                        for part, use in zip(parts, best, strict=True) if use != present[part]
-                    ]  # fmt: skip
+                    rows += rows_of(kind, parts, best, precision, source)
     return list({(row["kernel"], *row["when"].values()): row for row in rows}.values())
-
-
-def when_few(rows: int) -> dict[str, int]:
-    """What a choice that was measured with a number of rows holds for: any number, or few, up to twice as many."""
-    return {} if rows > FEW else {"rows_max": 2 * rows}
-
-
-def _blocks(model: nn.Module, batch: int, precision: str, arch: str) -> list[tuple[int, int, int, dict[str, str]]]:
-    """(channels, tokens of a window, rows, present forms) of each kind of block."""
-    found = {}
-    for block in (block for stage in model.stages for block in stage.blocks):
-        channels, window = block.norm1.normalized_shape[0], tuple(block.window_size)
-        rows = at_most(batch * block.feat_size[0] * block.feat_size[1])
-        with record(arch), tf32_setting(precision):
-            forms = forms_of(channels, window, PRECISIONS[precision], torch.device("meta"), rows)
-        found[channels, window[0] * window[1], rows] = forms._asdict()
-    return [(*sizes, forms) for sizes, forms in found.items()]
 
 
 def _cheapest(costs: dict[tuple, dict], now: tuple, us: dict[tuple, float]) -> tuple[tuple, float]:

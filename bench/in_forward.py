@@ -1,35 +1,60 @@
-"""Configurations of one kernel, timed by the CUDA graph of a whole forward that they are a part of.
+"""Configurations of one kernel, and compositions of blocks, timed by the CUDA graph of a whole forward.
 
 For few images a kernel takes some microseconds, as long as it takes to start it, and how it does depends on what runs
 before and after it and on what that leaves in the cache.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from multiprocessing.pool import Pool
 
 import torch
-from swinfast.kernels.configs import Choose, Config, override
+from swinfast.kernels.configs import Choose, Config, override, tile
 from swinfast.kernels.shapes import PRECISIONS
 from torch import nn
 
 import swinfast
-from bench.alone import ROUNDS, Bench
-from bench.cases import Case, Oracle, model_named, tf32_setting
+from bench.alone import ROUNDS, Bench, Crashed, in_words, outcome_of, winner
+from bench.cases import (
+    Case,
+    Oracle,
+    call_arguments,
+    cases_of,
+    choose_forms,
+    inputs_of,
+    model_named,
+    operation,
+    tf32_setting,
+)
+from bench.config_tables import Row
+from bench.forms import HALVES, Kind, Option, kinds_of, options_of, rows_of, source_of
+from bench.kernels import COMPILE_WAIT, compile_all
 from bench.peaks import Timer, launches_of
-from bench.targets import Target
+from bench.targets import Log, Target
 from swinfast.benchmark import randomise
 
 QUICK, LONG = 8, 20  # milliseconds of forwards in one timing
+GAIN = 0.003  # of a forward that a choice must win by: one kernel is a small part of it
 
 
 class Forward:
     """A model and images that go through it."""
 
     def __init__(self, name: str, batch: int, precision: str, device: torch.device):
-        self.precision = precision
+        self.name, self.batch, self.precision = name, batch, precision
         self.plain: nn.Module = randomise(model_named(name, device))
-        self.fast = swinfast.optimize(self.plain, dtype=PRECISIONS[precision], backend="triton", cuda_graphs=False)
         self.images = torch.randn(batch, 3, *self.plain.img_size, device=device).to(PRECISIONS[precision])
+        self.right: set[tuple] = set()  # what was checked
+        self._optimise()
+
+    def _optimise(self) -> None:
+        self.fast = swinfast.optimize(self.plain, dtype=PRECISIONS[self.precision], backend="triton", cuda_graphs=False)
+        with torch.no_grad(), tf32_setting(self.precision):
+            self.fast(self.images)  # lays tables of position biases out, before any other choice is made
 
     def by(self, target: Target, config: Config) -> Callable[[], object]:
         """What launches the forward with a configuration in place of a target's."""
@@ -41,20 +66,50 @@ class Forward:
         return self.launches(choose)
 
     def launches(self, choose: Choose) -> Callable[[], object]:
-        """What launches the forward with other configurations; captured where there is a GPU."""
+        """What launches the forward with other configurations; captured where there is a GPU.
+
+        Raises:
+            UserWarning: A kernel failed. The model would go on without it, so another takes its place.
+        """
 
         def forward() -> torch.Tensor:
             with torch.no_grad(), tf32_setting(self.precision), override(choose):
                 return self.fast(self.images)
 
-        forward()  # compiles what is new, and loads it
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "Triton failed")
+                forward()  # compiles what is new, and loads it
+        except Exception:
+            self._optimise()
+            raise
         return launches_of(forward, self.images.device)
+
+    def cases(self, arch: str, choose: Choose) -> list[Case]:
+        """What it calls with other compositions."""
+        return cases_of(model_named(self.name), self.batch, self.precision, arch, choose)
+
+    def check(self, cases: Sequence[Case], choose: Choose) -> None:
+        """Refuse kernels that are wrong with the configurations at hand; each is checked once.
+
+        Raises:
+            Wrong: An output is not as right as plain PyTorch.
+        """
+        for case in cases:
+            what = case.operation, case.lookup, tile(case.launch.config), case.key
+            if what not in self.right:
+                inputs = inputs_of(case, self.images.device)
+                with torch.no_grad(), tf32_setting(case.precision):
+                    oracle = Oracle(case, inputs)
+                    with override(choose):
+                        oracle.check(operation(case)(**call_arguments(case, inputs)))
+                self.right.add(what)
 
 
 class InForward(Bench):
     """Checks configurations case by case, and times the forwards of all models with each."""
 
-    gain = 0.003  # of a forward, of which one kernel is a small part
+    gain = GAIN
 
     def __init__(self, target: Target, device: torch.device, timer: Timer, forwards: Sequence[Forward]):
         super().__init__(target, device, timer)
@@ -70,20 +125,95 @@ class InForward(Bench):
 
     def rounds(self, tried: Sequence[Config]) -> list[list[list[float]]]:
         """Microseconds by [configuration][forward][round], the configurations taking turns."""
-        launches = [[one.by(self.target, config) for one in self.forwards] for config in tried]
-        times: list[list[list[float]]] = [[[] for _ in self.forwards] for _ in tried]
-        for _ in range(ROUNDS):
-            for mine, forwards in zip(times, launches, strict=True):
-                for found, launch in zip(mine, forwards, strict=True):
-                    found.append(1e6 * self.timer(launch, LONG))
-        return times
+        return rounds_of([[one.by(self.target, config) for one in self.forwards] for config in tried], self.timer)
 
 
-def in_forwards(names: Sequence[str], batch: int, device: torch.device, timer: Timer) -> Callable[[Target], InForward]:
-    """What makes the bench of a target. Models are made once for each precision."""
+def rounds_of(launches: Sequence[Sequence[Callable[[], object]]], timer: Timer) -> list[list[list[float]]]:
+    """Microseconds by [rival][forward][round], the rivals taking turns."""
+    times: list[list[list[float]]] = [[[] for _ in forwards] for forwards in launches]
+    for _ in range(ROUNDS):
+        for mine, forwards in zip(times, launches, strict=True):
+            for found, launch in zip(mine, forwards, strict=True):
+                found.append(1e6 * timer(launch, LONG))
+    return times
+
+
+def forwards_of(names: Sequence[str], batch: int, device: torch.device) -> Callable[[str], list[Forward]]:
+    """What makes the forwards of all models in a precision, once for each."""
 
     @cache
     def forwards(precision: str) -> list[Forward]:
         return [Forward(name, batch, precision, device) for name in names]
 
+    return forwards
+
+
+def in_forwards(
+    forwards: Callable[[str], list[Forward]], device: torch.device, timer: Timer
+) -> Callable[[Target], InForward]:
+    """What makes the bench of a target."""
     return lambda target: InForward(target, device, timer, forwards(target.precision))
+
+
+class Compositions:
+    """Compares the compositions of blocks by whole forwards."""
+
+    def __init__(self, arch: str, timer: Timer, pool: Pool | None, log: Log, deadline: float):
+        """deadline: Of time.monotonic, after which no comparison begins; pool: What compiles, None to do so on use."""
+        self.arch, self.timer, self.pool, self.log, self.deadline = arch, timer, pool, log, deadline
+
+    def rows(self, forwards: Sequence[Forward]) -> Iterator[Row]:
+        """Rows of the compositions that win, as they are found.
+
+        Raises:
+            Crashed: The GPU's context is lost.
+        """
+        for forward in forwards:
+            kinds = kinds_of(model_named(forward.name), forward.batch, forward.precision, self.arch)
+            for kind, parts in itertools.product(kinds, HALVES):
+                if time.monotonic() > self.deadline:
+                    print("out of time: not every composition was tried")
+                    return
+                yield from self._compared(forward, kind, parts)
+
+    def _compared(self, forward: Forward, kind: Kind, parts: Option) -> list[Row]:
+        """Rows for one half of one kind of block; none where its present composition fails: nothing is beaten."""
+        what = f"{' and '.join(parts)} channels={kind.channels} rows={kind.rows} {forward.precision}"
+        chosen = {
+            one: choose_forms(dict(zip(parts, one, strict=True)), kind.channels) for one in options_of(kind, parts)
+        }
+        cases = {one: forward.cases(self.arch, choose) for one, choose in chosen.items()}
+        left = max(0.0, self.deadline - time.monotonic())
+        compile_all(itertools.chain(*cases.values()), self.arch, self.pool, min(COMPILE_WAIT, left))
+        present, *others = (
+            (option, self._launches(what, option, forward, choose, cases[option])) for option, choose in chosen.items()
+        )
+        rivals = [present, *(one for one in others if one[1] is not None)]
+        if present[1] is None or len(rivals) < 2:
+            return []
+        times = [rounds for (rounds,) in rounds_of([[launch] for _, launch in rivals], self.timer)]
+        us = [statistics.median(rounds) for rounds in times]
+        for (option, _), one in zip(rivals, us, strict=True):
+            self.log.note(what, " ".join(option), "timed", us=round(one, 3))
+        place = winner(times, GAIN)
+        best = rivals[place][0]
+        print(f"{what}: {' and '.join(best)}{' wins' if place else ' stays'}, {us[place]:.1f} µs", flush=True)
+        numbers = f"{us[place]:.1f} us in a forward against {us[0]:.1f} us of {' and '.join(present[0])}"
+        source = source_of(self.log.about, f"{forward.name} batch {forward.batch}", forward.precision, numbers)
+        return rows_of(kind, parts, best, forward.precision, source)
+
+    def _launches(
+        self, what: str, option: Option, forward: Forward, choose: Choose, cases: Sequence[Case]
+    ) -> Callable[[], object] | None:
+        """What launches the forward with an option, None where that is wrong or fails, which is then in the log."""
+        if self.log.noted(what).get(" ".join(option), {}).get("outcome", "").startswith("crashed"):
+            return None
+        try:
+            forward.check(cases, choose)
+            return forward.launches(choose)
+        except Exception as error:
+            outcome = outcome_of(error)
+            self.log.note(what, " ".join(option), in_words(outcome))
+            if isinstance(outcome, Crashed):
+                raise outcome from error
+            return None

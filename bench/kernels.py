@@ -60,7 +60,7 @@ from swinfast.predict import resolve_device
 RESULTS = Path(__file__).parent / "results"
 KERNELS = (
     "attention_block", "linear", "linear_norm_residual", "merge_norm", "mlp_block", "norm_residual", "patch_embed",
-    "window_attention",
+    "qkv_attention", "window_attention",
 )  # fmt: skip
 COLUMNS = (
     "model", "batch", "kernel", "shape", "launches", "dtype", "device", "time_us", "tb_per_s", "tflop_per_s",

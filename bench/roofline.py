@@ -89,12 +89,15 @@ def flops_of(launch: Launch, kernel: str) -> float:
         return 0.0
     if kernel == "mlp_block":
         return 4.0 * size["rows"] * size["C"] * size["HIDDEN"]
-    if kernel not in ("attention_block", "window_attention"):
+    if kernel not in ("attention_block", "qkv_attention", "window_attention"):
         return 2.0 * size["rows"] * size.get("N", size.get("C")) * size["K"]
     tokens, channels = size["WINDOW_H"] * size["WINDOW_W"], size["HEADS"] * size["HEAD_DIM"]
-    windows = size["images"] * size["windows_h"] * size["windows_w"]
-    products = 0.0 if kernel == "window_attention" else 8.0 * tokens * channels * channels
-    return windows * (products + 4.0 * tokens * tokens * channels)
+    if kernel == "qkv_attention":  # a program a window and head
+        windows = launch.programs // size["HEADS"]
+    else:
+        windows = size["images"] * size["windows_h"] * size["windows_w"]
+    layers = {"window_attention": 0, "qkv_attention": 3, "attention_block": 4}[kernel]  # of C to C channels
+    return windows * (2.0 * layers * tokens * channels * channels + 4.0 * tokens * tokens * channels)
 
 
 def bytes_of(launch: Launch) -> float:

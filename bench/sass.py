@@ -40,6 +40,8 @@ def trips(job: Job) -> list[int]:
         return [blocks - 1] * (blocks > 2) + [size["IMAGES"]] * (size["IMAGES"] > 1)
     if job.kernel == "mlp_block":
         return [-(-size["HIDDEN"] // size["BLOCK_HIDDEN"]) - size.get("AHEAD", 0)]  # those ahead are outside the loop
+    if job.kernel == "qkv_attention":
+        return [-(-size["HEADS"] * size["HEAD_DIM"] // size["BLOCK_K"])]
     return [-(-size["K"] // size["BLOCK_K"])] if "BLOCK_K" in size else []
 
 

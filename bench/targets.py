@@ -85,16 +85,24 @@ class Log:
         return hashlib.sha256(repr((what, code, versions)).encode()).hexdigest()[:16]
 
     def write(self, target: Target, config: str, outcome: str, **numbers: Any) -> None:
-        entry = {
-            "target": self.key(target),
-            "config": config,
-            "outcome": outcome,
-            **numbers,
-            "what": f"{target} {self.where}".strip(),
-        }
-        self.known.setdefault(entry["target"], {})[config] = entry
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry | self.about) + "\n")
+        self._add({"target": self.key(target), "config": config, "outcome": outcome} | numbers, str(target))
 
     def of(self, target: Target) -> dict[str, dict]:
         return self.known.get(self.key(target), {})
+
+    def note(self, what: str, config: str, outcome: str, **numbers: Any) -> None:
+        """As write, for what is no kernel's configuration: it counts for the same commit."""
+        self._add({"target": self._name(what), "config": config, "outcome": outcome} | numbers, what)
+
+    def noted(self, what: str) -> dict[str, dict]:
+        return self.known.get(self._name(what), {})
+
+    def _name(self, what: str) -> str:
+        versions = [self.about[name] for name in ("device", "torch", "triton", "commit")]
+        return hashlib.sha256(repr((what, self.where, versions)).encode()).hexdigest()[:16]
+
+    def _add(self, entry: dict, what: str) -> None:
+        entry["what"] = f"{what} {self.where}".strip()
+        self.known.setdefault(entry["target"], {})[entry["config"]] = entry
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry | self.about) + "\n")

@@ -6,7 +6,8 @@ For each kernel and shape of a forward, in every composition of the blocks: cand
 in parallel; what spills, does not fit or lost its matrix instructions is refused; what remains must be as right as
 plain PyTorch, and is timed. The fastest then run against the present choice in interleaved rounds, and a row replaces a
 choice only where it wins by more than 2 % and in all rounds but one. Last, the compositions are compared by the times
-of their kernels. Every outcome is a line of a log, by which --resume goes on where an earlier run stopped.
+of their kernels. For few images all is timed by whole forwards, and the compositions, where all kernels are asked for,
+come first. Every outcome is a line of a log, by which --resume goes on where an earlier run stopped.
 """
 
 import argparse
@@ -33,13 +34,13 @@ from swinfast.kernels.shapes import PRECISIONS
 from tabulate import tabulate
 
 from bench import OUT_OF_TIME
-from bench.alone import Bench, Crashed
+from bench.alone import Bench, Crashed, in_words, winner
 from bench.candidates import SIXTEEN_BITS, candidates
-from bench.cases import Wrong, launch_of, tf32_setting
+from bench.cases import launch_of, tf32_setting
 from bench.config_tables import Row, update
 from bench.forms import form_rows, precisions_of, source_of, when_few
-from bench.in_forward import in_forwards
-from bench.kernels import KERNELS, compilers, problem_of
+from bench.in_forward import Compositions, forwards_of, in_forwards
+from bench.kernels import KERNELS, compilers
 from bench.peaks import Timer, timer_of
 from bench.provenance import provenance
 from bench.tables import slug
@@ -100,20 +101,17 @@ class Final(NamedTuple):
 
 def decide(bench: Bench, tried: Sequence[Config], times: Sequence[Sequence[Sequence[float]]], present: bool) -> Final:
     """Which of the finalists wins. If present, the first of them is the present choice, which holds unless beaten."""
-    calls = bench.calls
     medians = [[statistics.median(rounds) for rounds in one] for one in times]
-    totals = [sum(n * us for n, us in zip(calls, one, strict=True)) for one in medians]
-    best = min(range(len(tried)), key=totals.__getitem__)
+    totals = [sum(n * us for n, us in zip(bench.calls, one, strict=True)) for one in medians]
     if not present:
+        best = min(range(len(tried)), key=totals.__getitem__)
         return Final(tried[best], totals[best], None, True, medians[best])
-    mine, theirs = (
-        [sum(n * us for n, us in zip(calls, turn, strict=True)) for turn in zip(*times[index], strict=True)]
-        for index in (best, 0)
-    )
-    beaten = sum(one < other for one, other in zip(mine, theirs, strict=True))
-    wins = totals[best] < (1 - bench.gain) * totals[0] and beaten >= len(mine) - 1
-    best = best if wins else 0
-    return Final(tried[best], totals[best], totals[0], wins, medians[best])
+    turns = [
+        [sum(n * us for n, us in zip(bench.calls, turn, strict=True)) for turn in zip(*one, strict=True)]
+        for one in times
+    ]
+    best = winner(turns, bench.gain)
+    return Final(tried[best], totals[best], totals[0], best > 0, medians[best])
 
 
 def tune_target(
@@ -138,8 +136,7 @@ def tune_target(
             times[tile(config)] = outcome
             log.write(target, tile(config), "timed", us=round(outcome, 3))
         else:
-            kind = "wrong" if isinstance(outcome, Wrong) else "crashed" if isinstance(outcome, Crashed) else "failed"
-            log.write(target, tile(config), f"{kind}: {problem_of(outcome)}")
+            log.write(target, tile(config), in_words(outcome))
 
     if fresh:
         bench.quick(fresh, done)
@@ -238,14 +235,20 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[..., Timer] = tim
         if table and new:
             update(table, new)
 
-    targets = find_targets(models, batch, options.dtypes, arch, options.kernels)
-    if in_forward:
-        targets = [target for target in targets if target.in_use and "rows" in dict(target.sizes)]
-    bench_of = in_forwards(models, batch, device, timer) if in_forward else partial(Bench, device=device, timer=timer)
-    print(f"{len(targets)} targets on {about['device']}, table {table or 'not written'}", flush=True)
+    forwards = forwards_of(models, batch, device)
+    bench_of = in_forwards(forwards, device, timer) if in_forward else partial(Bench, device=device, timer=timer)
     what = f"{' '.join(models)} batch {batch}"
     try:
         with compilers(device) as pool:
+            if in_forward and set(KERNELS) <= set(options.kernels):
+                compositions = Compositions(arch, timer, pool, log, deadline)
+                for precision in options.dtypes:
+                    for row in compositions.rows(forwards(precision)):
+                        found(row)
+            targets = find_targets(models, batch, options.dtypes, arch, options.kernels)
+            if in_forward:
+                targets = [target for target in targets if target.in_use and "rows" in dict(target.sizes)]
+            print(f"{len(targets)} targets on {about['device']}, table {table or 'not written'}", flush=True)
             finals, left = sweep(
                 targets, arch, options.candidates, bench_of, pool, log, deadline,
                 lambda target, final: found(row_of(target, final, about, what, where)),

@@ -16,10 +16,18 @@ from torch import Tensor
 
 from .configs import cdiv, config, power_of_two, row_tiles
 from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
-from .tiles import add_rows, begin, dot, layer_norm, load_rows, load_transposed, quotient, store_rows, vector_rows
-from .window_attention import check_table, images_at_once, reciprocal_length, softmax_scale, window_tokens
-
-LARGEST_WINDOW = 64  # tokens
+from .tiles import add_rows, begin, dot, layer_norm, load_rows, load_transposed, store_rows, vector_rows
+from .windows import (
+    arranged_bias,
+    check_table,
+    check_window,
+    images_at_once,
+    slots,
+    softmax,
+    unit_q_and_k,
+    window_tokens,
+    window_type,
+)
 
 
 @triton.jit(do_not_specialize=["height", "width", "windows_h", "windows_w", "images"])
@@ -71,11 +79,8 @@ def _attention_block_kernel(
     x += first_image * pixels * C
     out += first_image * pixels * C
     if SHIFT_H > 0 or SHIFT_W > 0:
-        window_type = (window_row == windows_h - 1).to(tl.int32) + 2 * (window_column == windows_w - 1).to(tl.int32)
-        table += window_type * (HEADS * SLOTS * SLOTS)
+        table += window_type(window_row, window_column, windows_h, windows_w) * (HEADS * SLOTS * SLOTS)
 
-    thread, part = tl.arange(0, 2 * SLOTS), tl.arange(0, SLOTS // 16)
-    table += (part[None, :, None] * (2 * SLOTS) + thread[:, None, None]) * 8 + tl.arange(0, 8)[None, None, :]
     d = tl.arange(0, BLOCK_D)
     two = tl.arange(0, 2 * BLOCK_D)
     # the first head's rows of the weights: of q and k, and of v; past their end where a head has no such channel
@@ -135,14 +140,8 @@ def _add_head(
     weights = held[0] if len(held) else _qkv_weights(qkv_weight, n, C, TILE, COUNT, HEAD_DIM == BLOCK_D)
     for t in tl.static_range(COUNT):
         qk = dot(tiles[t].to(dtype), weights[t], qk, PRECISION)
-    q, k = tl.split(tl.permute(tl.reshape(qk, (SLOTS, 2, BLOCK_D)), (0, 2, 1)))
-    q = (q * (reciprocal_length(q) * softmax_scale(tl.load(logit_scale + head)))[:, None]).to(dtype)
-    k = (k * reciprocal_length(k)[:, None]).to(dtype)
-    bias = tl.load(table + head * (SLOTS * SLOTS))
-    bias = tl.permute(tl.reshape(bias, (SLOTS // 16, 8, 4, SLOTS // 16, 2, 2, 2)), (0, 5, 1, 3, 4, 2, 6))
-    logits = dot(q, tl.trans(k), tl.reshape(bias, (SLOTS, SLOTS)).to(tl.float32), PRECISION)
-    p = tl.exp2(logits - tl.max(logits, axis=1)[:, None])
-    p, share = p.to(dtype), quotient(1.0, tl.sum(p, axis=1))
+    q, k = unit_q_and_k(qk, tl.load(logit_scale + head), dtype)
+    p, share = softmax(q, k, arranged_bias(table + head * (SLOTS * SLOTS), SLOTS), dtype, PRECISION)
     # v comes after the softmax, where it takes the shared memory of k; channels past the head's meet zeros below
     v = tl.zeros((SLOTS, BLOCK_D), tl.float32)
     n = head * HEAD_DIM + v_rows
@@ -191,23 +190,6 @@ def _proj_weights(
     return tiles
 
 
-def arranged(table: Tensor) -> Tensor:
-    """A table of cpb_bias as attention_block takes it: [TYPES, HEADS, SLOTS // 16, 2 SLOTS, 8].
-
-    Of a product of 16 rows, the eight numbers that a thread of an NVIDIA GPU has in 16 columns lie side by side: in two
-    rows that are eight apart, two neighbours in each eight columns.
-    """
-    types, heads, size, _ = table.shape
-    parts = size // 16
-    table = table.view(types, heads, parts, 2, 8, parts, 2, 4, 2)  # rows: 16, half, 8; columns: 16, half, 4, pair
-    return table.permute(0, 1, 5, 2, 4, 7, 6, 3, 8).reshape(types, heads, parts, 2 * size, 8)
-
-
-def slots(window_size: tuple[int, int]) -> int:
-    """Tokens of a window padded to whole tiles: both sides of the table (see cpb_bias) that attention_block takes."""
-    return max(16, power_of_two(window_size[0] * window_size[1]))
-
-
 @operator
 def attention_block(
     x: Tensor,
@@ -243,10 +225,7 @@ def attention_block(
     check("x", x, (None,) * 4)
     batch, height, width, channels = x.shape
     heads = logit_scale.shape[0]
-    if window_size[0] * window_size[1] > LARGEST_WINDOW:
-        raise ValueError(f"window_size must be at most {LARGEST_WINDOW} tokens, got {window_size}")
-    if channels % heads:
-        raise ValueError(f"logit_scale must have a number of heads that divides {channels} channels, got {heads}")
+    check_window(window_size, channels, heads)
     check_rows("x", batch * height * width)
     check_weight("qkv_weight", qkv_weight, (3 * channels, channels), x)
     check("proj_weight", proj_weight, (channels, channels), like=qkv_weight)

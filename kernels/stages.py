@@ -1,10 +1,11 @@
 """A stage composed of the operations: which of them make up each half of a block is a choice of the tables (configs).
 
-    attention_half: "attention_block", or "window_attention" between linear (qkv) and the projection
+    attention_half: "attention_block"; or before the projection "qkv_attention", or "linear" and "window_attention"
     mlp_half:       "mlp_block", or "linear" for fc1 with GELU and fc2 after it
     projection, mlp_output: "linear_norm_residual", or "linear" with norm_residual after it
 
-All but the first, which decides how the table of position biases is laid out, also depend on the number of rows.
+All depend on the number of rows. But the first also decides how the table of position biases is laid out, as it says
+for many rows; for few it may differ from that only by "qkv_attention", which takes both layouts.
 
 Weights come as named tuples in one dtype; where they are from is the caller's business.
 """
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention_block import arranged, attention_block, slots
+from .attention_block import attention_block
 from .configs import MANY, at_most, config
 from .cpb_bias import cpb_bias
 from .launch import arch_of, precision_name
@@ -24,8 +25,11 @@ from .linear_norm_residual import linear_norm_residual
 from .merge_norm import merge_norm
 from .mlp_block import mlp_block
 from .norm_residual import norm_residual
+from .qkv_attention import qkv_attention
 from .window_attention import padded_size, window_attention
+from .windows import arranged, slots
 
+BOTH_LAYOUTS = "qkv_attention"  # which tables of position biases it takes
 Size = tuple[int, int]
 
 
@@ -57,9 +61,9 @@ class Forms(NamedTuple):
 
     def operations(self) -> list[str]:
         """The names of all operations, in order."""
-        half = [self.attention_half]
-        if self.attention_half == "window_attention":
-            half = ["linear", "window_attention", *_operations(self.projection)]
+        half = ["linear", "window_attention"] if self.attention_half == "window_attention" else [self.attention_half]
+        if self.attention_half != "attention_block":
+            half += _operations(self.projection)
         rest = ["mlp_block"] if self.mlp_half == "mlp_block" else ["linear", *_operations(self.mlp_output)]
         return half + rest
 
@@ -90,10 +94,11 @@ def forms_of(channels: int, window_size: Size, dtype: torch.dtype, device: torch
     """Which operations make up a block, by the tables."""
     arch, precision, tokens = arch_of(device), precision_name(dtype), window_size[0] * window_size[1]
 
-    def use(part: str, **more: int) -> str:
-        return config(part, arch, precision, channels=channels, tokens=tokens, **more).blocks["use"]
+    def use(part: str, rows: int = rows) -> str:
+        return config(part, arch, precision, channels=channels, tokens=tokens, rows=rows).blocks["use"]
 
-    return Forms(use("attention_half"), *(use(part, rows=rows) for part in Forms._fields[1:]))
+    forms = Forms(*map(use, Forms._fields))
+    return forms if forms.attention_half == BOTH_LAYOUTS else forms._replace(attention_half=use("attention_half", MANY))
 
 
 def bias_table(
@@ -104,11 +109,16 @@ def bias_table(
     shift_size: Size,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The table of position biases as a block's attention in a dtype takes it; mlp is as in cpb_bias."""
-    whole = forms.attention_half == "attention_block"
-    padded = [slots(window_size)] * 2 if whole else padded_size(mlp[0].device, dtype, window_size, head_dim)
+    """The table of position biases as a block's attention in a dtype takes it.
+
+    Args:
+        forms: Those for many rows.
+        mlp: As in cpb_bias.
+    """
+    apart = forms.attention_half == "window_attention"
+    padded = padded_size(mlp[0].device, dtype, window_size, head_dim) if apart else [slots(window_size)] * 2
     table = cpb_bias(*mlp, list(window_size), list(shift_size), padded, dtype)
-    return arranged(table) if whole else table
+    return table if apart else arranged(table)
 
 
 def run_blocks(blocks: Sequence[Block], x: Tensor) -> Tensor:
@@ -137,8 +147,11 @@ def _attention_half(block: Block, forms: Forms, x: Tensor) -> Tensor:
         return attention_block(
             x, *block.qkv, block.logit_scale, block.table, *block.proj, *block.norm1, window, shift
         )  # fmt: skip
-    y = linear(x, *block.qkv)
-    y = window_attention(y, block.qkv.bias, block.logit_scale, block.table, window, shift)
+    if forms.attention_half == "qkv_attention":
+        y = qkv_attention(x, *block.qkv, block.logit_scale, block.table, window, shift)
+    else:
+        y = linear(x, *block.qkv)
+        y = window_attention(y, block.qkv.bias, block.logit_scale, block.table, window, shift)
     return _linear_norm_residual(forms.projection, y, block.proj, block.norm1, x, None)
 
 

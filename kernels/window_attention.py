@@ -19,56 +19,10 @@ from torch import Tensor
 from .configs import Config, cdiv, config, power_of_two
 from .launch import arch_of, check, check_rows, check_weight, launch, operator, precision_name, precision_of_few
 from .tiles import begin, dot
+from .windows import check_table, images_at_once, reciprocal_length, softmax_scale, window_tokens, window_type
 
 LARGEST_HEAD_DIM = 64
 LARGEST_WINDOW = 576  # tokens
-ENOUGH_PROGRAMS = 1024  # several for every multiprocessor of a large GPU
-SMALLEST_LENGTH = tl.constexpr(1e-12)  # of q and k, as in torch.nn.functional.normalize
-LARGEST_LOGIT_SCALE = tl.constexpr(4.605170185988092)  # log(100)
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def window_tokens(
-    i,
-    window_row,
-    window_column,
-    height,
-    width,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-    SHIFT_H: tl.constexpr,
-    SHIFT_W: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """Where slot i of a window lies in the map: (token in raster order, whether it is in the map and the window)."""
-    row = window_row * WINDOW_H + i // WINDOW_W
-    column = window_column * WINDOW_W + i % WINDOW_W
-    inside = i < WINDOW_H * WINDOW_W
-    if PADDED:
-        inside = inside & (row < height) & (column < width)
-    if SHIFT_H > 0:
-        row += SHIFT_H % height  # a map can be smaller than the shift
-        row = tl.where(row >= height, row - height, row)
-    if SHIFT_W > 0:
-        column += SHIFT_W % width
-        column = tl.where(column >= width, column - width, column)
-    return row * width + column, inside
-
-
-@triton.jit
-def reciprocal_length(x):
-    """1 / |x| of each row, in float32."""
-    x = x.to(tl.float32)
-    return tl.rsqrt(tl.maximum(tl.sum(x * x, axis=1), SMALLEST_LENGTH * SMALLEST_LENGTH))
-
-
-@triton.jit
-def softmax_scale(logit_scale):
-    """The factor of the cosines, in units of log2(e)."""
-    # NaN must pass: a plain minimum would replace it
-    scale = tl.minimum(logit_scale.to(tl.float32), LARGEST_LOGIT_SCALE, propagate_nan=tl.PropagateNan.ALL)
-    return tl.exp2(scale * LOG2_E) * LOG2_E
 
 
 @triton.jit
@@ -142,8 +96,7 @@ def _window_attention_kernel(
     scale = softmax_scale(tl.load(logit_scale + head))
     table += (head * QUERIES + i)[:, None] * KEYS
     if SHIFT_H > 0 or SHIFT_W > 0:
-        window_type = (window_row == windows_h - 1).to(tl.int32) + 2 * (window_column == windows_w - 1).to(tl.int32)
-        table += window_type * (HEADS * QUERIES * KEYS)
+        table += window_type(window_row, window_column, windows_h, windows_w) * (HEADS * QUERIES * KEYS)
     d = tl.arange(0, BLOCK_D)
     first_keys = _keys(
         0, table, window_row, window_column, height, width,
@@ -228,16 +181,6 @@ def _further_keys(
     p = tl.exp2(logits - new[:, None])
     total = total * shrink + tl.sum(p, axis=1)
     return dot(p.to(v.dtype), v, acc * shrink[:, None], PRECISION), total, new
-
-
-def images_at_once(largest: int, batch: int, programs: int) -> int:
-    """How many images a program goes through: a power of two, at most largest, that leaves enough programs."""
-    images = 1
-    if not (isinstance(batch, int) and isinstance(programs, int)):  # symbols, while a model is traced for any size
-        return images
-    while 2 * images <= largest and batch * programs >= 2 * images * ENOUGH_PROGRAMS:
-        images *= 2
-    return images
 
 
 def attention_config(
@@ -332,15 +275,3 @@ def window_attention(
         **chosen.blocks | {"IMAGES": images},
     )
     return out
-
-
-def check_table(
-    table: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, source: str = "cpb_bias"
-) -> None:
-    """Refuse a bias table that its source did not make for this use."""
-    fits = tuple(table.shape) == shape and table.dtype == dtype and table.device == device and table.is_contiguous()
-    if not fits:
-        raise ValueError(
-            f"table must be what {source} gives: contiguous {list(shape)} of {dtype} on {device}, "
-            f"got {list(table.shape)} of {table.dtype} on {table.device}"
-        )

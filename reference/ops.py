@@ -158,6 +158,20 @@ def window_reverse(windows: Tensor, window_size: tuple[int, int], grid: tuple[in
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
+def qkv_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    logit_scale: Tensor,
+    bias: Tensor,
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """window_attention(linear(x)), x [B, H, W, C] to the same."""
+    qkv = linear(x, qkv_weight, qkv_bias)
+    return window_attention(qkv, qkv_bias, logit_scale, bias, window_size, shift_size)
+
+
 def attention_block(
     x: Tensor,
     qkv_weight: Tensor,
@@ -171,8 +185,7 @@ def attention_block(
     shift_size: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """The attention half of a block, residual post-norm: x + LN(proj(window_attention(qkv(x)))), x [B, H, W, C]."""
-    qkv = linear(x, qkv_weight, qkv_bias)
-    attended = window_attention(qkv, qkv_bias, logit_scale, bias, window_size, shift_size)
+    attended = qkv_attention(x, qkv_weight, qkv_bias, logit_scale, bias, window_size, shift_size)
     return linear_norm_residual(attended, proj_weight, proj_bias, norm, x)
 
 

@@ -87,6 +87,15 @@ def table_of(bias: Tensor, shift: tuple[int, int], padded_size: Iterable[int], d
     return table.to(torch.float32 if dtype == torch.float32 else torch.float16)
 
 
+def in_rows(table: Tensor) -> Tensor:
+    """A table as cpb_bias gives it, of one that is arranged or not."""
+    if table.dim() == 4:
+        return table
+    types, heads, parts, threads, _ = table.shape
+    table = table.view(types, heads, parts, parts, 8, 4, 2, 2, 2)
+    return table.permute(0, 1, 3, 7, 4, 2, 6, 5, 8).reshape(types, heads, threads // 2, threads // 2)
+
+
 def bias_of(table: Tensor, window: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The bias [4, heads, N, N] in a table: the table's own rounding is the business of cpb_bias' tests."""
     tokens = math.prod(window)

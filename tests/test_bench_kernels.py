@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from swinfast.kernels import norm_residual
-from swinfast.kernels.attention_block import arranged
 from swinfast.kernels.configs import Config
 from swinfast.kernels.launch import record
+from swinfast.kernels.windows import arranged
 
 import swinfast
 from bench import OUT_OF_TIME, cases, kernels, overhead, peaks, sanitize

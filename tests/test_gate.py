@@ -14,7 +14,7 @@ from swinfast.kernels.gate import Job, Measured, problems, waits_first
 ROOT = Path(__file__).parents[1]
 KERNELS = {
     "attention_block", "cpb_bias.offsets", "cpb_bias.table", "linear", "linear_norm_residual", "mlp_block",
-    "merge_norm", "norm_residual", "patch_embed", "window_attention",
+    "merge_norm", "norm_residual", "patch_embed", "qkv_attention", "window_attention",
 }  # fmt: skip
 PERSISTENT = "linear.persistent_linear"  # where there is an engine that copies what a descriptor describes
 PRECISIONS = ("float16", "bfloat16", "float32", "tf32")

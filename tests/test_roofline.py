@@ -29,13 +29,14 @@ SASS = """
 """
 
 
-def test_flops_are_those_of_the_model():
+@pytest.mark.parametrize("batch", [2, 64])  # few rows and many: other kernels
+def test_flops_are_those_of_the_model(batch):
     """The kernels' products against PyTorch's own count, without the head and the bias MLPs, which run once."""
-    launches = roofline.launches_of(NAME, 2, torch.float16, "sm_90")
+    launches = roofline.launches_of(NAME, batch, torch.float16, "sm_90")
     ours = sum(roofline.flops_of(launch, roofline.kernel_of(launch)) for launch in launches)
     model = swinfast.create_model(NAME, device="meta", num_classes=0).eval()
     with FlopCounterMode(display=False) as counter:
-        model(torch.empty(2, 3, 224, 224, device="meta"))
+        model(torch.empty(batch, 3, 224, 224, device="meta"))
     hidden = [(block.attn.meta_mlp.fc1.out_features, block.attn.num_heads) for s in model.stages for block in s.blocks]
     bias = sum(2 * 49**2 * (2 * units + units * heads) for units, heads in hidden)  # for each pair of tokens
     assert ours == pytest.approx(counter.get_total_flops() - bias, rel=1e-6)

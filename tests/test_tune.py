@@ -15,7 +15,7 @@ from swinfast.kernels.patch_embed import patch_embed
 
 from bench import OUT_OF_TIME, alone, config_tables, forms, in_forward, tune
 from bench.candidates import GRIDS, candidates
-from bench.cases import FORMS, cases_of, choose_forms, model_named
+from bench.cases import FORMS, Wrong, cases_of, choose_forms, model_named
 from bench.targets import Log, find_targets
 
 ABOUT = {"device": "a card", "torch": "1", "triton": "2", "source": "measured"}
@@ -147,6 +147,119 @@ def test_in_a_forward(run, monkeypatch):
     assert row["num_warps"] == 2 and row["when"] == {"channels": 32, "rows_max": 128}
     assert "99.0 us in a forward against 100.0 us of 4 w1 s1" in row["source"]
     assert len(others) == 4 + 2 * 4 and len(set(others)) == 1
+
+
+def calls_of(monkeypatch, *names: str) -> list[str]:
+    """What kernels are launched, by name, from now on; they compute nothing where the interpreter would."""
+    launched: list[str] = []
+    for name in names:
+        module = importlib.import_module(f"swinfast.kernels.{name}")
+
+        def launch(kernel, programs, x, *args, launch=module.launch, name=name, **options):
+            launched.append(name)
+            if x.is_meta:
+                launch(kernel, programs, x, *args, **options)
+
+        monkeypatch.setattr(module, "launch", launch)
+    return launched
+
+
+OPERATIONS = ("attention_block", "linear_norm_residual", "mlp_block", "norm_residual", "qkv_attention",
+              "window_attention")  # fmt: skip
+
+
+@pytest.fixture
+def compositions(monkeypatch, tmp_path):
+    """Compares compositions of the small model's blocks by a timer that goes by the kernels of a forward."""
+    launched = calls_of(monkeypatch, *OPERATIONS, "linear", "merge_norm", "patch_embed")
+    forward = in_forward.Forward("small", 1, "float16", CPU)
+    about = {**ABOUT, "commit": "a commit"}
+
+    def compare(us_of, check=lambda self, cases, choose: None, deadline=float("inf"), resume=False):
+        def timer(function, rep=0):
+            launched.clear()
+            function()
+            return 1e-6 * us_of(launched)
+
+        monkeypatch.setattr(in_forward.Forward, "check", check)
+        log = Log(tmp_path / "log.jsonl", about, resume, "in a forward")
+        return list(in_forward.Compositions("sm_90", timer, None, log, deadline).rows([forward])), log
+
+    return compare
+
+
+def test_compositions_in_a_forward(compositions):
+    """Those that win are rows for few rows, each compared in a forward in which only its blocks are others."""
+    rows, log = compositions(lambda launched: 1000 - 4 * launched.count("mlp_block") + launched.count("qkv_attention"))
+    found = {(row["kernel"], row["when"]["channels"], row["blocks"]["use"]): row for row in rows}
+    assert set(found) == {("mlp_half", 32, "mlp_block"), ("mlp_half", 64, "mlp_block")}  # two blocks each
+    row = found["mlp_half", 32, "mlp_block"]
+    assert row["when"] == {"channels": 32, "tokens": 16, "rows_max": 512}
+    assert "small batch 1, float16: 996.0 us in a forward against 1004.0 us of linear and linear" in row["source"]
+    entries = [json.loads(line) for line in log.file.read_text(encoding="utf-8").splitlines()]
+    assert {entry["outcome"] for entry in entries} == {"timed"}
+    halves = {(entry["what"], entry["config"]) for entry in entries}
+    for channels, rows in ((32, 256), (64, 64)):
+        attention = f"attention_half and projection channels={channels} rows={rows} float16 in a forward"
+        tried = {config for what, config in halves if what == attention}
+        ends = ("linear_norm_residual", "linear")
+        assert tried == {f"{half} {end}" for half in ("qkv_attention", "window_attention") for end in ends}
+
+
+def test_a_composition_must_win_by_a_share_of_the_forward(compositions):
+    assert not compositions(lambda launched: 1000 - 1.4 * launched.count("mlp_block"))[0]
+
+
+def test_compositions_that_fail_are_left_out(compositions):
+    def check(self, cases, choose):
+        if any(case.operation == "mlp_block" for case in cases):
+            raise Wrong("rms error 1 is above 0")
+
+    rows, log = compositions(lambda launched: 1000 - 4 * launched.count("mlp_block"), check)
+    assert not rows
+    outcomes = [entry["outcome"] for entry in map(json.loads, log.file.read_text(encoding="utf-8").splitlines())]
+    assert outcomes.count("wrong: rms error 1 is above 0") == 2
+    assert set(outcomes) == {"timed", "wrong: rms error 1 is above 0"}
+
+
+def test_a_forward_whose_kernel_fails_is_made_anew(monkeypatch):
+    """Else it would go on without the kernel, and what is timed next would be something else."""
+    launched = calls_of(monkeypatch, *OPERATIONS, "linear", "merge_norm", "patch_embed")
+    forward = in_forward.Forward("small", 1, "float16", CPU)
+    module = importlib.import_module("swinfast.kernels.merge_norm")
+    working, failures = module.launch, [RuntimeError("out of resource: shared memory")]
+
+    def failing_once(*args, **options):
+        if failures:
+            raise failures.pop()
+        working(*args, **options)
+
+    monkeypatch.setattr(module, "launch", failing_once)
+    with pytest.raises((UserWarning, RuntimeError), match="out of resource"):
+        forward.launches(lambda kernel, shape: None)
+    launched.clear()
+    forward.launches(lambda kernel, shape: None)()
+    assert launched.count("merge_norm") == 2
+
+
+def test_a_composition_that_loses_the_context_is_not_tried_again(compositions):
+    def check(self, cases, choose):
+        if any(case.operation == "mlp_block" for case in cases):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    slow = lambda launched: 1000  # noqa: E731
+    for _ in range(2):  # once for each number of channels
+        with pytest.raises(alone.Crashed):
+            compositions(slow, check, resume=True)
+    rows, log = compositions(slow, check, resume=True)
+    assert not rows
+    assert "mlp_block" not in {config for entries in log.known.values() for config in entries if "timed" in config}
+
+
+def test_no_composition_is_tried_after_the_deadline(compositions, capsys):
+    rows, log = compositions(lambda launched: 1000, deadline=0)
+    assert not rows and not log.file.exists()
+    assert "out of time: not every composition was tried" in capsys.readouterr().out
 
 
 def test_without_time(run, capsys):
@@ -339,11 +452,14 @@ def test_a_written_table_is_used(monkeypatch, tmp_path):
         configs.forget()
 
 
-def times_of(fused: float, other: float, batch: int = 256) -> dict:
+def times_of(fused: float, other: float, batch: int = 256, by_heads: float | None = None) -> dict:
+    """Kernels for whole halves of a block, qkv_attention (by default as long as two others), and others."""
     model, us = model_named("small"), {}
+    by_heads = 2 * other if by_heads is None else by_heads
+    names = {"attention_block": fused, "mlp_block": fused, "qkv_attention": by_heads}
     for choice in (None, *map(choose_forms, FORMS.values())):
         for case in cases_of(model, batch, "float16", "sm_90", choice):
-            us[case.key] = fused if case.operation in ("attention_block", "mlp_block") else other
+            us[case.key] = names.get(case.operation, other)
     return us
 
 
@@ -363,12 +479,12 @@ def test_compositions():
 
 
 def test_compositions_for_few_rows():
-    """They hold for few rows, and attention, whose table is the same for any number, is not asked for."""
+    """They hold for few rows, where attention can only be what takes the same table as for many."""
     found = forms.form_rows(["small"], 2, "float16", "sm_90", times_of(1, 10, batch=2), ABOUT)
-    uses = {(one["kernel"], one["blocks"]["use"]) for one in found}
-    assert uses >= {("mlp_half", "mlp_block"), ("projection", "linear_norm_residual")}
-    assert "attention_half" not in dict(uses)
+    assert {(one["kernel"], one["blocks"]["use"]) for one in found} == {("mlp_half", "mlp_block")}
     assert {(one["when"]["channels"], one["when"]["rows_max"]) for one in found} == {(32, 1024), (64, 256)}
+    found = forms.form_rows(["small"], 2, "float16", "sm_90", times_of(100, 10, batch=2, by_heads=21), ABOUT)
+    assert {(one["kernel"], one["blocks"]["use"]) for one in found} == {("attention_half", "window_attention")}
 
 
 def test_a_composition_must_win_by_more_than_two_percent():

@@ -25,13 +25,14 @@ from kernel_helpers import (
     check_mixed,
     each_dtype,
     few_examples,
+    in_rows,
     mutant,
     odd_dtypes,
     run,
     table_of,
 )
 from swinfast.kernels import attention_block as module
-from swinfast.kernels import tiles, window_attention
+from swinfast.kernels import tiles, windows
 from swinfast.reference import ops
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN in the interpreter
@@ -55,21 +56,14 @@ def arguments(batch, size, window, shift, heads, head_dim, dtype=torch.float32):
         "x": draw(batch, *size, channels),
         **draw.linear(channels, 3 * channels, "qkv_"),
         "logit_scale": scale,
-        "table": module.arranged(
-            table_of(draw.position_bias(window, shift, heads), shift, [module.slots(window)] * 2, dtype)
+        "table": windows.arranged(
+            table_of(draw.position_bias(window, shift, heads), shift, [windows.slots(window)] * 2, dtype)
         ),
         **draw.linear(channels, channels, "proj_"),
         **draw.norm(channels),
         "window_size": list(window),
         "shift_size": list(shift),
     }
-
-
-def in_rows(table):
-    """A table as cpb_bias gives it, of one that is arranged."""
-    types, heads, parts, threads, _ = table.shape
-    table = table.view(types, heads, parts, parts, 8, 4, 2, 2, 2)
-    return table.permute(0, 1, 3, 7, 4, 2, 6, 5, 8).reshape(types, heads, threads // 2, threads // 2)
 
 
 def reference(x, qkv_weight, qkv_bias, logit_scale, table, proj_weight, proj_bias, norm_weight, norm_bias, eps,
@@ -95,14 +89,14 @@ def several_images(padded, dtype=torch.float32):
 @pytest.mark.parametrize("images", [2, 4, 8])
 def test_several_images_in_a_program(images, padded, dtype):
     """The last program has fewer of them."""
-    with mock.patch.object(window_attention, "ENOUGH_PROGRAMS", 1), blocks(IMAGES=images):
+    with mock.patch.object(windows, "ENOUGH_PROGRAMS", 1), blocks(IMAGES=images):
         check(module.attention_block, reference, several_images(padded, dtype), dtype)
 
 
 def test_arranged():
     """Number i of thread 4 r + q, in part c of rows 16 p and on, is of a row r or r + 8 and 16 columns from 16 c on."""
     table = torch.arange(2 * 64 * 64).view(1, 2, 64, 64)
-    arranged = module.arranged(table)
+    arranged = windows.arranged(table)
     assert arranged.shape == (1, 2, 4, 128, 8) and arranged.is_contiguous()
     assert torch.equal(in_rows(arranged), table)
     head, c, p, r, q = 1, 3, 2, 5, 1
@@ -115,7 +109,7 @@ def test_arranged():
 def test_images_of_a_program_are_independent():
     args = several_images(True)
     alone = run(module.attention_block, args)
-    with mock.patch.object(window_attention, "ENOUGH_PROGRAMS", 1), blocks(IMAGES=2):
+    with mock.patch.object(windows, "ENOUGH_PROGRAMS", 1), blocks(IMAGES=2):
         assert_images_apart(module.attention_block, args, "x")
         assert_empty_batch(module.attention_block, args, "x")
         assert (run(module.attention_block, args) - alone).abs().max() < 1e-5
@@ -185,30 +179,29 @@ def test_errors():
 
 # fmt: off
 MUTANTS = {
-    "no bias": ("tiny", module, "bias = tl.load(table + head * (SLOTS * SLOTS))",
-                "bias = 0 * tl.load(table + head * (SLOTS * SLOTS))"),
+    "no bias": ("tiny", windows, "bias.to(tl.float32)", "0 * bias.to(tl.float32)"),
     "bias transposed":
-        ("tiny", module, "tl.reshape(bias, (SLOTS, SLOTS))", "tl.trans(tl.reshape(bias, (SLOTS, SLOTS)))"),
-    "bias of another row": ("tiny", module, "(0, 5, 1, 3, 4, 2, 6)", "(0, 6, 1, 3, 4, 2, 5)"),
+        ("tiny", windows, "tl.reshape(bias, (SLOTS, SLOTS))", "tl.trans(tl.reshape(bias, (SLOTS, SLOTS)))"),
+    "bias of another row": ("tiny", windows, "(0, 5, 1, 3, 4, 2, 6)", "(0, 6, 1, 3, 4, 2, 5)"),
     "bias of another head": ("tiny", module, "table + head *", "table + (head + 1) % HEADS *"),
-    "row shift off by one": ("tiny", window_attention, "row += SHIFT_H % height", "row += SHIFT_H - 1"),
-    "column shift off by one": ("tiny", window_attention, "column += SHIFT_W % width", "column += SHIFT_W + 1"),
-    "no logit clamp": ("tiny", window_attention, "LARGEST_LOGIT_SCALE, prop", "100.0, prop"),
-    "no q norm": ("tiny", module, "reciprocal_length(q) *", "(reciprocal_length(q) * 0 + 1) *"),
-    "no k norm": ("tiny", module, "(k * reciprocal_length(k)[:, None])", "k"),
-    "no log2(e)": ("tiny", window_attention, "tl.exp2(scale * LOG2_E) * LOG2_E", "tl.exp2(scale * LOG2_E)"),
-    "window types swapped": ("tiny", module, "(window_row == windows_h - 1).to(tl.int32) + 2 *",
+    "row shift off by one": ("tiny", windows, "row += SHIFT_H % height", "row += SHIFT_H - 1"),
+    "column shift off by one": ("tiny", windows, "column += SHIFT_W % width", "column += SHIFT_W + 1"),
+    "no logit clamp": ("tiny", windows, "LARGEST_LOGIT_SCALE, prop", "100.0, prop"),
+    "no q norm": ("tiny", windows, "reciprocal_length(q) *", "(reciprocal_length(q) * 0 + 1) *"),
+    "no k norm": ("tiny", windows, "(k * reciprocal_length(k)[:, None])", "k"),
+    "no log2(e)": ("tiny", windows, "tl.exp2(scale * LOG2_E) * LOG2_E", "tl.exp2(scale * LOG2_E)"),
+    "window types swapped": ("tiny", windows, "(window_row == windows_h - 1).to(tl.int32) + 2 *",
                              "2 * (window_row == windows_h - 1).to(tl.int32) +"),
     "no bias of q and k": ("tiny", module, "tl.broadcast_to(qk_bias", "tl.broadcast_to(0 * qk_bias"),
     "no bias of v": ("tiny", module, "v_bias.to(tl.float32)", "0 * v_bias.to(tl.float32)"),
     "bias of v not that of the sum": ("tiny", module, " + v_bias.to(tl.float32)", " + 49 * v_bias.to(tl.float32)"),
     "padded keys left out":
-        ("padded", module, "p = tl.exp2(logits - tl.max(logits,",
-         "logits = tl.where(tl.max(tl.abs(tiles[0]), axis=1)[None, :] > 0, logits, float('-inf'))\n"
-         "    p = tl.exp2(logits - tl.max(logits,"),
+        ("padded", module, "arranged_bias(table + head * (SLOTS * SLOTS), SLOTS)",
+         "tl.where(tl.max(tl.abs(tiles[0]), axis=1)[None, :] > 0, "
+         "arranged_bias(table + head * (SLOTS * SLOTS), SLOTS), float('-inf'))"),
     "slots past the window not masked":
-        ("tiny", window_attention, "inside = i < WINDOW_H * WINDOW_W", "inside = i >= 0"),
-    "padded tokens not masked": ("padded", window_attention, "if PADDED:", "if False:"),
+        ("tiny", windows, "inside = i < WINDOW_H * WINDOW_W", "inside = i >= 0"),
+    "padded tokens not masked": ("padded", windows, "if PADDED:", "if False:"),
     "head tail of the projection": ("padded", module, "if HEAD_DIM == BLOCK_D and TILE * COUNT == C:", "if True:"),
     "head tail of q and k": ("padded", module, "tl.where(two % BLOCK_D < HEAD_DIM,", "tl.where(two >= 0,"),
     "q and k swapped": ("tiny", module, "two // BLOCK_D * C", "(1 - two // BLOCK_D) * C"),
@@ -239,10 +232,10 @@ def test_mutants_fail(name, tmp_path):
 @pytest.mark.parametrize("name", OF_SEVERAL_IMAGES)
 def test_mutants_of_several_images_fail(name, tmp_path):
     wrong = mutant(tmp_path, module, module, *OF_SEVERAL_IMAGES[name])
-    with mock.patch.object(window_attention, "ENOUGH_PROGRAMS", 1), blocks(IMAGES=2):
+    with mock.patch.object(windows, "ENOUGH_PROGRAMS", 1), blocks(IMAGES=2):
         assert_fails(wrong.attention_block, reference, several_images(True))
 
 
 def test_mutant_without_a_smallest_length_fails(tmp_path):
-    wrong = mutant(tmp_path, module, window_attention, "SMALLEST_LENGTH * SMALLEST_LENGTH", "0.0")
+    wrong = mutant(tmp_path, module, windows, "SMALLEST_LENGTH * SMALLEST_LENGTH", "0.0")
     assert_fails(wrong.attention_block, reference, extremes(torch.float32))

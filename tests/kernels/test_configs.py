@@ -18,6 +18,7 @@ BLOCKS = {
     "merge_norm": {"BLOCK_M"},
     "window_attention": {"BLOCK_M", "BLOCK_N"},
     "attention_block": set(),
+    "qkv_attention": {"BLOCK_K"},
 }
 OPTIONAL = {  # and what has a value by default
     "linear_norm_residual": {"TILE"},
@@ -27,7 +28,7 @@ OPTIONAL = {  # and what has a value by default
     "linear": {"PER_UNIT"},
 }
 FORMS = {  # parts of a stage, and the kernels that can compute them
-    "attention_half": {"attention_block", "window_attention"},
+    "attention_half": {"attention_block", "qkv_attention", "window_attention"},
     "projection": {"linear", "linear_norm_residual"},
     "mlp_half": {"linear", "mlp_block"},
     "mlp_output": {"linear", "linear_norm_residual"},
@@ -42,8 +43,8 @@ SHAPES = {  # what a kernel's rows are matched by
     "merge_norm": {"channels", "rows"},
     "window_attention": {"tokens", "block_d"},
     "attention_block": {"channels", "tokens", "stream_bytes"},
+    "qkv_attention": {"channels", "tokens", "stream_bytes", "rows"},
     **{form: {"channels", "tokens", "rows"} for form in FORMS},
-    "attention_half": {"channels", "tokens"},
     "launches": {"elements"},
 }
 TABLES = {

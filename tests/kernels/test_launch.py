@@ -9,7 +9,7 @@ import test_linear
 import test_norm_residual
 import torch
 from kernel_helpers import DEVICE, DTYPES, assert_as_right_as_plain, check, mutant, run
-from swinfast.kernels import attention_block, launch, linear, norm_residual, tiles, window_attention
+from swinfast.kernels import attention_block, launch, linear, norm_residual, tiles, windows
 from swinfast.kernels.configs import Config
 from swinfast.kernels.launch import Launch, arch_of, precision, precision_name, record
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +22,7 @@ def meta_linear(rows: int = 5, **options) -> torch.Tensor:
     return linear.linear(x, weight, None, **options)
 
 
-@pytest.mark.parametrize("changed", [attention_block, window_attention, tiles])
+@pytest.mark.parametrize("changed", [attention_block, windows, tiles])
 def test_unchanged_copy_passes(changed, tmp_path):
     """So what makes a mutant fail is its change."""
     copy = mutant(tmp_path, attention_block, changed, "import", "import")

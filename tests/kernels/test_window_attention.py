@@ -28,6 +28,7 @@ from kernel_helpers import (
     table_of,
 )
 from swinfast.kernels import window_attention as module
+from swinfast.kernels import windows
 from swinfast.reference import ops
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN in the interpreter
@@ -123,7 +124,7 @@ def several_images(dtype=torch.float32):
 @pytest.mark.parametrize("images", [2, 4, 8])
 def test_several_images_in_a_program(images, dtype):
     """The last program has fewer of them; blocks of keys within each."""
-    with mock.patch.object(module, "ENOUGH_PROGRAMS", 1):
+    with mock.patch.object(windows, "ENOUGH_PROGRAMS", 1):
         for sizes in ({"BLOCK_M": 16, "BLOCK_N": 16}, {"BLOCK_M": 32, "BLOCK_N": 32}):
             with blocks(**sizes, IMAGES=images):
                 check(module.window_attention, reference, several_images(dtype), dtype)
@@ -131,10 +132,10 @@ def test_several_images_in_a_program(images, dtype):
 
 def test_images_in_a_program():
     """As many as leave enough programs."""
-    most = module.ENOUGH_PROGRAMS
-    assert [module.images_at_once(8, 256, programs) for programs in (1, most // 128, most // 64, most)] == [1, 2, 4, 8]
-    assert module.images_at_once(8, 1, most) == 1
-    assert module.images_at_once(1, 256, most) == 1
+    most = windows.ENOUGH_PROGRAMS
+    assert [windows.images_at_once(8, 256, programs) for programs in (1, most // 128, most // 64, most)] == [1, 2, 4, 8]
+    assert windows.images_at_once(8, 1, most) == 1
+    assert windows.images_at_once(1, 256, most) == 1
 
 
 def test_runs_and_images_are_independent():
@@ -172,37 +173,37 @@ def _one_more(x):
 
 # fmt: off
 MUTANTS = {
-    "no bias": ("no shift", "return logits + bias.to(tl.float32), v", "return logits, v"),
-    "bias transposed": ("8x8", "(head * QUERIES + i)[:, None] * KEYS", "head * QUERIES * KEYS + i[:, None]",
+    "no bias": ("no shift", module, "return logits + bias.to(tl.float32), v", "return logits, v"),
+    "bias transposed": ("8x8", module, "(head * QUERIES + i)[:, None] * KEYS", "head * QUERIES * KEYS + i[:, None]",
                         "table + j[None, :]", "table + j[None, :] * 64"),
-    "bias of another head": ("no shift", "table += (head * QUERIES + i)", "table += (head // 2 * QUERIES + i)"),
-    "row shift off by one": ("all window types", "row += SHIFT_H % height", "row += SHIFT_H - 1"),
-    "column shift off by one": ("columns shifted", "column += SHIFT_W % width", "column += SHIFT_W + 1"),
-    "no shift of rows": ("rows shifted", "if SHIFT_H > 0:", "if False:"),
-    "shift not reduced to the map": ("map smaller than the shift", "SHIFT_H % height", "SHIFT_H"),
-    "roll after the padding": ("padded", "row >= height, row - height", "row >= 14, row - 14"),
-    "no logit clamp": ("no shift", "LARGEST_LOGIT_SCALE, prop", "100.0, prop"),
-    "no q norm": ("no shift", "reciprocal_length(q) *", "(reciprocal_length(q) * 0 + 1) *"),
-    "no k norm": ("no shift", " * reciprocal_length(k)[None, :]", ""),
-    "no logit scale": ("no shift", "softmax_scale(tl.load(logit_scale + head))", "LOG2_E"),
-    "no log2(e)": ("no shift", "tl.exp2(scale * LOG2_E) * LOG2_E", "tl.exp2(scale * LOG2_E)"),
-    "window types swapped": ("all window types",
+    "bias of another head": ("no shift", module, "table += (head * QUERIES + i)", "table += (head // 2 * QUERIES + i)"),
+    "row shift off by one": ("all window types", windows, "row += SHIFT_H % height", "row += SHIFT_H - 1"),
+    "column shift off by one": ("columns shifted", windows, "column += SHIFT_W % width", "column += SHIFT_W + 1"),
+    "no shift of rows": ("rows shifted", windows, "if SHIFT_H > 0:", "if False:"),
+    "shift not reduced to the map": ("map smaller than the shift", windows, "SHIFT_H % height", "SHIFT_H"),
+    "roll after the padding": ("padded", windows, "row >= height, row - height", "row >= 14, row - 14"),
+    "no logit clamp": ("no shift", windows, "LARGEST_LOGIT_SCALE, prop", "100.0, prop"),
+    "no q norm": ("no shift", module, "reciprocal_length(q) *", "(reciprocal_length(q) * 0 + 1) *"),
+    "no k norm": ("no shift", module, " * reciprocal_length(k)[None, :]", ""),
+    "no logit scale": ("no shift", module, "softmax_scale(tl.load(logit_scale + head))", "1.442695"),
+    "no log2(e)": ("no shift", windows, "tl.exp2(scale * LOG2_E) * LOG2_E", "tl.exp2(scale * LOG2_E)"),
+    "window types swapped": ("all window types", windows,
         "(window_row == windows_h - 1).to(tl.int32) + 2 *", "2 * (window_row == windows_h - 1).to(tl.int32) +"),
-    "type of the first column": ("all window types", "window_column == windows_w - 1", "window_column == 0"),
-    "padded tokens zero": ("padded", "fill[None, :], x)", "0 * fill[None, :], x)"),
-    "padded tokens of another head": ("padded", "qkv_bias += head * HEAD_DIM", "qkv_bias += 0"),
+    "type of the first column": ("all window types", windows, "window_column == windows_w - 1", "window_column == 0"),
+    "padded tokens zero": ("padded", module, "fill[None, :], x)", "0 * fill[None, :], x)"),
+    "padded tokens of another head": ("padded", module, "qkv_bias += head * HEAD_DIM", "qkv_bias += 0"),
     "padded keys left out":
-        ("padded", "return logits + bias.to(tl.float32), v",
+        ("padded", module, "return logits + bias.to(tl.float32), v",
          "return tl.where(inside[None, :], logits + bias, float('-inf')), v"),
-    "slots past the window not masked": ("no shift", "inside = i < WINDOW_H * WINDOW_W", "inside = i >= 0"),
-    "head tail not masked": ("padded", "if HEAD_DIM < BLOCK_D:", "if False:"),
+    "slots past the window not masked": ("no shift", windows, "inside = i < WINDOW_H * WINDOW_W", "inside = i >= 0"),
+    "head tail not masked": ("padded", module, "if HEAD_DIM < BLOCK_D:", "if False:"),
     "head tail stored":
-        ("columns shifted", "there[:, None] & (d < HEAD_DIM)[None, :]", "there[:, None] & (d >= 0)"),
-    "last block of keys left out": ("no shift", "if WHOLE > 0 and TAIL > 0:", "if False:"),
-    "middle blocks of keys left out": ("12x12", "range(FIRST, WHOLE, BLOCK_N)", "range(WHOLE, WHOLE, BLOCK_N)"),
-    "sums not rescaled": ("12x12", "acc * shrink[:, None]", "acc"),
-    "totals not rescaled": ("12x12", "total * shrink", "total"),
-    "k and v swapped": ("no shift", "qkv + 2 * C + offset, qkv_bias + 2 * C", "qkv + C + offset, qkv_bias + C"),
+        ("columns shifted", module, "there[:, None] & (d < HEAD_DIM)[None, :]", "there[:, None] & (d >= 0)"),
+    "last block of keys left out": ("no shift", module, "if WHOLE > 0 and TAIL > 0:", "if False:"),
+    "middle blocks of keys left out": ("12x12", module, "range(FIRST, WHOLE, BLOCK_N)", "range(WHOLE, WHOLE, BLOCK_N)"),
+    "sums not rescaled": ("12x12", module, "acc * shrink[:, None]", "acc"),
+    "totals not rescaled": ("12x12", module, "total * shrink", "total"),
+    "k and v swapped": ("no shift", module, "qkv + 2 * C + offset, qkv_bias + 2 * C", "qkv + C + offset, qkv_bias + C"),
 }
 OF_SEVERAL_IMAGES = {
     "images past the batch": ("first + image < images", "first + image < images + 1"),
@@ -216,8 +217,8 @@ OF_SEVERAL_IMAGES = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_fail(name, tmp_path):
-    case, *snippets = MUTANTS[name]
-    wrong = mutant(tmp_path, module, module, *snippets)
+    case, *change = MUTANTS[name]
+    wrong = mutant(tmp_path, module, *change)
     with blocks(BLOCK_M=32, BLOCK_N=32):
         assert_fails(wrong.window_attention, reference, arguments(*CASES[case]))
 
@@ -225,10 +226,10 @@ def test_mutants_fail(name, tmp_path):
 @pytest.mark.parametrize("name", OF_SEVERAL_IMAGES)
 def test_mutants_of_several_images_fail(name, tmp_path):
     wrong = mutant(tmp_path, module, module, *OF_SEVERAL_IMAGES[name])
-    with mock.patch.object(wrong, "ENOUGH_PROGRAMS", 1), blocks(BLOCK_M=32, BLOCK_N=32, IMAGES=2):
+    with mock.patch.object(windows, "ENOUGH_PROGRAMS", 1), blocks(BLOCK_M=32, BLOCK_N=32, IMAGES=2):
         assert_fails(wrong.window_attention, reference, several_images())
 
 
 def test_mutant_without_a_smallest_length_fails(tmp_path):
-    wrong = mutant(tmp_path, module, module, "SMALLEST_LENGTH * SMALLEST_LENGTH", "0.0")
+    wrong = mutant(tmp_path, module, windows, "SMALLEST_LENGTH * SMALLEST_LENGTH", "0.0")
     assert_fails(wrong.window_attention, reference, extremes(torch.float32))

@@ -1,0 +1,200 @@
+"""qkv_attention: window attention from the tokens themselves, y = window_attention(x W^T + b).
+
+    x and y [B, H, W, C], W [3C, C]; table from cpb_bias
+
+One program computes one head of one window: its q, k and v over all channels, then its attention, so that q, k and v
+never leave it. Each head of a window reads the window's tokens and its own weights again. That pays where rows are few:
+a launch is saved, and a product over so few rows would leave most of a GPU idle; for more, linear and window_attention.
+Windows have at most 64 tokens.
+Definition: reference.ops.qkv_attention. Source: as window_attention.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import at_most, cdiv, config, power_of_two
+from .launch import (
+    arch_of,
+    check,
+    check_rows,
+    check_vectors,
+    check_weight,
+    launch,
+    operator,
+    precision,
+    precision_name,
+)
+from .tiles import begin, dot, in_each_row, load_transposed
+from .window_attention import padded_size
+from .windows import (
+    arranged_bias,
+    check_table,
+    check_window,
+    slots,
+    softmax,
+    unit_q_and_k,
+    window_tokens,
+    window_type,
+)
+
+
+@triton.jit(do_not_specialize=["height", "width", "windows_h", "windows_w"])
+def _qkv_attention_kernel(
+    x,  # [B, H, W, C]
+    qkv_weight,  # [3C, C]
+    qkv_bias,  # [3C]
+    logit_scale,  # [HEADS]
+    table,  # [TYPES, HEADS, QUERIES, KEYS], or ARRANGED [TYPES, HEADS, SLOTS // 16, 2 SLOTS, 8]
+    out,  # [B, H, W, C]
+    height,
+    width,
+    windows_h,
+    windows_w,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    SHIFT_H: tl.constexpr,
+    SHIFT_W: tl.constexpr,
+    PADDED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    ARRANGED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAPPED: tl.constexpr = False,
+):
+    begin(OVERLAPPED)
+    C: tl.constexpr = HEADS * HEAD_DIM
+    dtype: tl.constexpr = qkv_weight.dtype.element_ty
+    head = tl.program_id(0) % HEADS
+    window = tl.program_id(0) // HEADS
+    image = window // (windows_h * windows_w)
+    window_column = window % windows_w
+    window_row = window // windows_w % windows_h
+    i = tl.arange(0, SLOTS)
+    token, inside = window_tokens(
+        i, window_row, window_column, height, width, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED
+    )
+    offset = (image * height.to(tl.int64) * width + token) * C
+    if SHIFT_H > 0 or SHIFT_W > 0:
+        table += window_type(window_row, window_column, windows_h, windows_w) * (HEADS * QUERIES * KEYS)
+
+    d = tl.arange(0, BLOCK_D)
+    two = tl.arange(0, 2 * BLOCK_D)
+    # the head's rows of the weights; past their end where a head has no such channel
+    first = head * HEAD_DIM
+    qk_rows = tl.where(two % BLOCK_D < HEAD_DIM, first + two // BLOCK_D * C + two % BLOCK_D, 3 * C)
+    v_rows = tl.where(d < HEAD_DIM, first + 2 * C + d, 3 * C)
+    WHOLE: tl.constexpr = HEAD_DIM == BLOCK_D
+    qk = in_each_row(qkv_bias, qk_rows, 3 * C, SLOTS, WHOLE)
+    v = in_each_row(qkv_bias, v_rows, 3 * C, SLOTS, WHOLE)
+    for start in range(0, C, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        mask = inside[:, None]
+        if C % BLOCK_K != 0:
+            mask = mask & (k < C)[None, :]
+        tile = tl.load(x + offset[:, None] + k[None, :], mask=mask, other=0.0).to(dtype)  # padded tokens are zero
+        qk_weight = load_transposed(qkv_weight, qk_rows, k, 3 * C, C, WHOLE and C % BLOCK_K == 0)
+        v_weight = load_transposed(qkv_weight, v_rows, k, 3 * C, C, WHOLE and C % BLOCK_K == 0)
+        qk = dot(tile, qk_weight, qk, PRECISION)
+        v = dot(tile, v_weight, v, PRECISION)
+
+    q, k = unit_q_and_k(qk, tl.load(logit_scale + head), dtype)
+    if ARRANGED:
+        bias = arranged_bias(table + head * (SLOTS * SLOTS), SLOTS)
+    else:
+        row, column = tl.minimum(i, QUERIES - 1), tl.arange(0, SLOTS)
+        places = table + head * (QUERIES * KEYS) + row[:, None] * KEYS + column[None, :]
+        if KEYS < SLOTS:
+            bias = tl.load(places, mask=(column < KEYS)[None, :], other=float("-inf"))
+        else:
+            bias = tl.load(places)
+    p, share = softmax(q, k, bias, dtype, PRECISION)
+    attended = dot(p, v.to(dtype), tl.zeros((SLOTS, BLOCK_D), tl.float32), PRECISION) * share[:, None]
+    tl.store(
+        (out + offset + first)[:, None] + d[None, :],
+        attended.to(out.dtype.element_ty),
+        mask=inside[:, None] & (d < HEAD_DIM)[None, :],
+    )
+
+
+@operator
+def qkv_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    logit_scale: Tensor,
+    table: Tensor,
+    window_size: list[int],
+    shift_size: list[int],
+) -> Tensor:
+    """window_attention(x W^T + b).
+
+    Args:
+        x: [B, H, W, C], float16, bfloat16 or float32, contiguous.
+        qkv_weight, qkv_bias: [3C, C], [3C], of the dtype of x, or 16-bit where x is float32.
+        logit_scale: [heads], a logarithm.
+        table: From cpb_bias, of the same window and shift, as window_attention or as attention_block takes it.
+        window_size, shift_size: (rows, columns) in tokens, at most 64 in a window.
+
+    Returns:
+        [B, H, W, C] in the dtype of qkv_weight.
+
+    Raises:
+        ValueError: A tensor of another shape, dtype or device, or not contiguous; more than 64 tokens in a window.
+    """
+    check("x", x, (None,) * 4)
+    batch, height, width, channels = x.shape
+    heads = logit_scale.shape[0]
+    check_window(window_size, channels, heads)
+    rows = batch * height * width
+    check_rows("x", rows)
+    check_weight("qkv_weight", qkv_weight, (3 * channels, channels), x)
+    check_vectors(3 * channels, qkv_weight, qkv_bias=qkv_bias)
+    check_vectors(heads, x, logit_scale=logit_scale)
+    size, types = slots(window_size), 4 if any(shift_size) else 1
+    table_dtype = torch.float32 if qkv_weight.dtype == torch.float32 else torch.float16
+    arranged = table.dim() == 5
+    if arranged:
+        queries = keys = size
+        check_table(table, (types, heads, size // 16, 2 * size, 8), table_dtype, x.device, "arranged(cpb_bias)")
+    else:
+        queries, keys = padded_size(x.device, qkv_weight.dtype, tuple(window_size), channels // heads)
+        check_table(table, (types, heads, queries, keys), table_dtype, x.device)
+    chosen = config(
+        "qkv_attention",
+        arch_of(x.device),
+        precision_name(qkv_weight.dtype),
+        channels=channels,
+        tokens=size,
+        stream_bytes=x.element_size(),
+        rows=at_most(rows),
+    )
+    out = torch.empty((batch, height, width, channels), dtype=qkv_weight.dtype, device=x.device)
+    windows_h, windows_w = cdiv(height, window_size[0]), cdiv(width, window_size[1])
+    launch(
+        _qkv_attention_kernel,
+        batch * windows_h * windows_w * heads,
+        *(x, qkv_weight, qkv_bias, logit_scale, table, out, height, width, windows_h, windows_w),
+        HEADS=heads,
+        HEAD_DIM=channels // heads,
+        WINDOW_H=window_size[0],
+        WINDOW_W=window_size[1],
+        SHIFT_H=shift_size[0],
+        SHIFT_W=shift_size[1],
+        PADDED=bool(height % window_size[0] or width % window_size[1]),
+        SLOTS=size,
+        QUERIES=queries,
+        KEYS=keys,
+        ARRANGED=arranged,
+        BLOCK_D=max(16, power_of_two(channels // heads)),
+        PRECISION=precision(qkv_weight.dtype),
+        config=chosen,
+        **chosen.blocks,
+    )
+    return out
