@@ -263,11 +263,14 @@ def may_run(setting: bool | str, plan: Any, x: Tensor) -> bool:
         plan: The module's.
         x: Its input.
     """
-    if setting is False or not x.numel() or not on_gpu(x) or not plan.may_be_captured:
-        return False
-    if torch._C._current_graph_task_id() != -1:  # a backward pass computes again what it needs, once
+    if setting is False or not x.numel() or not may_replay(x) or not plan.may_be_captured:
         return False
     return setting is True or plan.graph_pays(x)
+
+
+def may_replay(x: Tensor) -> bool:
+    """Whether a graph that is there may run for an input now. A backward pass computes again what it needs, once."""
+    return on_gpu(x) and torch._C._current_graph_task_id() == -1
 
 
 def are_possible(device: torch.device) -> bool:

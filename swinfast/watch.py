@@ -51,13 +51,14 @@ class Watch:
 
     def holds(self) -> bool:
         """Whether all is as it was: children, parameters and their places, types, hooks, methods and settings."""
+        contents = list(chain.from_iterable(self._tables))
         return (
-            sum(map(len, self._tables)) == len(self._contents)
-            and all(map(is_, chain.from_iterable(self._tables), self._contents))
-            and all(map(is_, map(type, self.modules), self._types))
+            len(contents) == len(self._contents)
+            and all(map(is_, contents, self._contents))
+            and list(map(type, self.modules)) == self._types
             and list(map(len, self._attributes)) == self._counts
             and any(self._hooks) == self._hooked
-            and all(map(is_, map(getattr, self._classes, self._names), self._methods))
+            and list(map(getattr, self._classes, self._names)) == self._methods
             and list(map(Tensor.data_ptr, self._placed)) == self._places
             and self.settings_hold()
         )
