@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from swinfast.kernels.configs import Config, override
 
-from bench.cases import Case, Oracle, Wrong, call_arguments, inputs_of, operation, tf32_setting
+from bench.cases import Case, Oracle, Wrong, call_arguments, choose_config, inputs_of, operation, tf32_setting
 from bench.forms import GAIN
 from bench.kernels import problem_of
 from bench.peaks import Timer, launches_of
@@ -74,7 +74,7 @@ class Bench:
         """Microseconds of a configuration in a forward, if it is right."""
         total = 0.0
         for case, inputs, oracle in known:
-            with torch.no_grad(), tf32_setting(case.precision), override(lambda *_: config):
+            with torch.no_grad(), tf32_setting(case.precision), override(choose_config(case, config)):
                 oracle.check(operation(case)(**call_arguments(case, inputs)))
                 total += 1e6 * case.calls * self._time(case, inputs, config)
         return total
@@ -91,11 +91,11 @@ class Bench:
                 launches = [self._launches(case, inputs, config) for config in tried]
                 for _ in range(ROUNDS):
                     for mine, launch, config in zip(times, launches, tried, strict=True):
-                        with override(lambda *_, config=config: config):
+                        with override(choose_config(case, config)):
                             mine[number].append(1e6 * self.timer(launch, LONG))
         return times
 
     def _launches(self, case: Case, inputs: dict, config: Config) -> Callable[[], object]:
-        with override(lambda *_: config):
+        with override(choose_config(case, config)):
             function, arguments = operation(case), call_arguments(case, inputs)
             return launches_of(lambda: function(**arguments), self.device)

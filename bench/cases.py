@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from swinfast.kernels.configs import Config, override
+from swinfast.kernels.configs import Choose, Config, override
 from swinfast.kernels.launch import INTERPRETED, Launch, record
 from swinfast.kernels.shapes import PRECISIONS
 from swinfast.kernels.window_attention import padded_size
@@ -121,7 +121,7 @@ def model_named(name: str, device: torch.device | str = "meta") -> nn.Module:
     return swinfast.create_model("swinv2_cr_tiny_224" if options else name, device=device, **options).eval()
 
 
-def choose_forms(forms: dict[str, str], channels: int | None = None) -> Callable[[str, dict[str, int]], Config | None]:
+def choose_forms(forms: dict[str, str], channels: int | None = None) -> Choose:
     """What override takes to compute blocks (those of one number of channels) in some forms, where they can be."""
 
     def choose(kernel: str, shape: dict[str, int]) -> Config | None:
@@ -251,9 +251,15 @@ def call_arguments(case: Case, inputs: Arguments) -> Arguments:
     return inputs | {"table": (arranged(padded) if in_threads else padded).to(table.device)}
 
 
+def choose_config(case: Case, chosen: Config) -> Choose:
+    """What override takes to give a case's kernel a configuration, and others none."""
+    return lambda kernel, shape: chosen if kernel == case.lookup[0] else None
+
+
 def launch_of(case: Case, chosen: Config, arch: str) -> Launch:
     """What a case launches with another configuration."""
-    with torch.no_grad(), tf32_setting(case.precision), record(arch) as launches, override(lambda *_: chosen):
+    choose = choose_config(case, chosen)
+    with torch.no_grad(), tf32_setting(case.precision), record(arch) as launches, override(choose):
         operation(case)(**call_arguments(case, case.arguments))
     return launches[-1]
 

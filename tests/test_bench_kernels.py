@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,26 @@ for case in cases_of(model_named("small"), 2, "float16", "sm_90"):
         print("found")
         break
 """
+
+
+def precompiled(folder: Path, *options: str) -> tuple[int, set[str], str]:
+    """How many kernels bench.precompile compiles into a cache, the names of what is in it, and what it prints."""
+    env = os.environ | {"TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bench.precompile", "--models", "small", "--batch-sizes", "1", *options]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {file.stem for file in folder.glob("*/*.cubin")}
+    return int(re.search(r"^(\d+) kernels for sm_90, 0 do not compile", done.stdout, re.M)[1]), names, done.stdout
+
+
+def test_precompile(tmp_path):
+    """A cache for a GPU that is not here: the kernels of a forward, those of other forms, the tuner's candidates."""
+    count, names, _ = precompiled(tmp_path)
+    assert count == len(list(tmp_path.glob("*/*.cubin"))) > 5
+    assert "_qkv_attention_kernel" in names and "_mlp_block_kernel" not in names
+    more, names, _ = precompiled(tmp_path, "--forms", "tables", "fused", "--candidates", "1")
+    assert more > count and "_mlp_block_kernel" in names
+    assert more == len(list(tmp_path.glob("*/*.cubin")))  # what was there is found again
 
 
 def small(operation: str, precision: str = "float16", form: str = "apart", **has) -> cases.Case:

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def chosen() -> Config:
     """The configuration that is being tried: the timers here go by it."""
-    return config("norm_residual", "sm_90", "float16", channels=32, rows=256)
+    return config("patch_embed", "sm_90", "float16", channels=32, k=12, rows=256)
 
 
 def fewer_stages_are_faster(function, rep=0) -> float:

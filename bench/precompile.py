@@ -1,0 +1,83 @@
+"""Fills Triton's cache with the kernels that another machine's GPU will launch. No GPU is needed.
+
+`python -m bench.precompile --arch sm_90 [--models NAME …] [--batch-sizes 1 256] [--dtypes float16 …] [--forms tables …]
+[--candidates N]`
+
+Compiling is most of the time of a first run. Copy the cache (TRITON_CACHE_DIR) to a machine with the same versions of
+Triton and of this project, and nothing that was compiled here is compiled there.
+"""
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported, also where there is no GPU
+
+import torch
+from swinfast.kernels.gate import ARCHS, Job, compile_ahead, job_of
+from swinfast.kernels.launch import Launch
+from swinfast.kernels.shapes import PRECISIONS
+from tqdm import tqdm
+
+from bench.candidates import candidates
+from bench.cases import Case, launch_of, tf32_setting
+from bench.kernels import COMPOSITIONS, KERNELS, find_cases
+from bench.targets import find_targets
+
+
+def launches(options: argparse.Namespace) -> Iterator[tuple[Case, Launch]]:
+    """What the forwards launch, and the candidates for it that bench.tune would try."""
+    for batch in options.batch_sizes:
+        for _, case in find_cases(options.models, batch, options.dtypes, options.arch, KERNELS, options.forms):
+            yield case, case.launch
+        for target in find_targets(options.models, batch, options.dtypes, options.arch, KERNELS):
+            tried = candidates(
+                target.kernel, dict(target.sizes), target.precision, target.present, options.arch, options.candidates
+            )
+            for config in tried[1:] if options.candidates and target.in_use else ():
+                for case in target.cases:
+                    yield case, launch_of(case, config, options.arch)
+
+
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """What is to be compiled, each once."""
+    jobs = {}
+    for case, launched in launches(options):
+        if launched.kernel is not None:  # else PyTorch's library computes it
+            with tf32_setting(case.precision):
+                job = job_of(launched, options.arch, case.precision)
+            jobs[job.key] = job
+    return list(jobs.values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    began, failed = time.monotonic(), 0
+    with torch.no_grad():
+        jobs = jobs_of(options)
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+        for job, measured in zip(jobs, tqdm(pool.map(compile_ahead, jobs), total=len(jobs), disable=None), strict=True):
+            if measured.error:
+                failed += 1
+                print(f"{job.kernel} ({job.shape}): {measured.error}")
+    print(f"{len(jobs)} kernels for {options.arch}, {failed} do not compile, {time.monotonic() - began:.0f} s")
+    return int(bool(failed) and not options.candidates)  # a candidate may fail
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.precompile", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=ARCHS, default="sm_90", help="default: %(default)s")
+    parser.add_argument("--models", nargs="+", metavar="NAME", default=["swinv2_cr_tiny_ns_224"])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", default=[1, 32, 256], help="of the forwards")
+    parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=["float16"])
+    parser.add_argument("--forms", nargs="+", choices=COMPOSITIONS, default=["tables"], help="compositions of a block")
+    parser.add_argument("--candidates", type=int, default=0, help="of bench.tune too, so many a kernel (default: none)")
+    parser.add_argument("--processes", type=int, metavar="N", help="default: as many as there are cores")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
