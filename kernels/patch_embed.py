@@ -7,6 +7,8 @@ scale * pixel + shift per channel on their way, in float32, where a scale is giv
 Definition: reference.ops.patch_embed. Source: timm's PatchEmbed.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -24,8 +26,9 @@ from .launch import (
     precision_name,
     precision_of_few,
 )
-from .tiles import add_vector, begin, dot, layer_norm, load_transposed, store_rows, zeros
+from .tiles import begin, dot, layer_norm, load_transposed, store_rows, vector_rows, zeros
 
+LARGEST_RUN = 16  # a power of two: bytes of uint8 that one instruction loads
 IMAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
 
 
@@ -51,6 +54,7 @@ def _patch_embed_kernel(
     K: tl.constexpr,
     PATCH_H: tl.constexpr,
     PATCH_W: tl.constexpr,
+    RUN: tl.constexpr,
     SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NORM: tl.constexpr,
@@ -69,13 +73,17 @@ def _patch_embed_kernel(
     image = row // patches_w // patches_h
     corner = image.to(tl.int64) * image_stride
     corner += (patch_row * PATCH_H).to(tl.int64) * row_stride + (patch_column * PATCH_W).to(tl.int64) * column_stride
-    acc = zeros(BLOCK_M, TILE, COUNT)
+    corner = tl.multiple_of(corner, RUN)
+    acc = vector_rows(bias, BLOCK_M, C, TILE, COUNT) if HAS_BIAS else zeros(BLOCK_M, TILE, COUNT)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         channel = k // (PATCH_H * PATCH_W)
         place = channel.to(tl.int64) * channel_stride
         place += (k // PATCH_W % PATCH_H).to(tl.int64) * row_stride + (k % PATCH_W).to(tl.int64) * column_stride
-        mask = inside[:, None] & (k < K)[None, :]
+        place = tl.max_contiguous(tl.multiple_of(place, RUN), RUN)
+        mask = inside[:, None]
+        if K % BLOCK_K != 0:
+            mask = mask & (k < K)[None, :]
         pixels = tl.load(images + corner[:, None] + place[None, :], mask=mask, other=0)
         if SCALED:
             factor = tl.load(scale + channel, mask=k < K, other=0.0)
@@ -88,11 +96,19 @@ def _patch_embed_kernel(
             w = load_transposed(weight, column, k, C, K, TILE * COUNT == C and K % BLOCK_K == 0)
             summed = summed + (dot(pixels, w, acc[i], PRECISION),)
         acc = summed
-    if HAS_BIAS:
-        acc = add_vector(acc, bias, C, TILE, COUNT)
     if NORM:
         acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
     store_rows(out + row.to(tl.int64) * C, acc, inside, C, TILE, COUNT)
+
+
+def side_by_side(strides: tuple[int, ...], patch_w: int) -> int:
+    """How many pixels of a patch's row lie side by side in memory, at a place that is a multiple of so many.
+
+    A thread loads so many at once. Strides that are symbols, while a model is traced, promise nothing.
+    """
+    run = math.gcd(patch_w, LARGEST_RUN)
+    fit = strides[3] == 1 and all(isinstance(stride, int) and stride % run == 0 for stride in strides[:3])
+    return run if fit else 1
 
 
 @operator
@@ -159,6 +175,7 @@ def patch_embed(
         K=k,
         PATCH_H=patch_h,
         PATCH_W=patch_w,
+        RUN=side_by_side(images.stride(), patch_w),
         SCALED=scale is not None,
         HAS_BIAS=bias is not None,
         NORM=norm_weight is not None,

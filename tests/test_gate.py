@@ -82,6 +82,26 @@ for launched in found:
         print(job.kernel, *problems(job, measure(job)))
 """
 
+SINGLE_PIXELS = """
+import re, torch
+from swinfast.kernels.gate import ARCHS, job_of
+from swinfast.kernels.launch import record
+from swinfast.kernels.patch_embed import _patch_embed_kernel, patch_embed
+from triton import compile
+from triton.compiler import ASTSource
+
+def empty(*shape):
+    return torch.empty(shape, dtype=torch.float16, device="meta")
+
+for width in (224, 222):
+    with record("sm_90") as launches:
+        patch_embed(empty(64, 3, 224, width), empty(96, 3, 4, 4), empty(96), empty(96), empty(96))
+    job = job_of(launches[0], "sm_90", "float16")
+    source = ASTSource(_patch_embed_kernel, job.signature, job.constants, job.attrs)
+    assembly = compile(source, target=ARCHS["sm_90"].target, options=job.options).asm["ptx"]
+    print(width, len(re.findall("ld.global.b16", assembly)))
+"""
+
 
 @pytest.fixture
 def gate(pytestconfig):
@@ -95,6 +115,14 @@ def gate(pytestconfig):
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
     return run
+
+
+def test_pixels_are_loaded_four_at_a_time(gate):
+    """Where all rows begin at a multiple of four: one at a time they would be as many requests as numbers."""
+    done = gate("-c", SINGLE_PIXELS)
+    assert done.returncode == 0, done.stderr
+    single = dict(map(str.split, done.stdout.splitlines()))
+    assert int(single["224"]) == 0 < int(single["222"])
 
 
 def test_subset_is_fit(gate, tmp_path):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_helpers import (
     DTYPES,
@@ -131,6 +131,37 @@ def test_runs_and_images_are_independent():
     assert_empty_batch(module.patch_embed, args, "images")
 
 
+@st.composite
+def maps(draw):
+    """Strides of images, and the width of patches."""
+    sizes = [draw(st.integers(1, 40)) for _ in range(4)]
+    order = draw(st.permutations(range(4)))
+    strides, step = [0] * 4, draw(st.sampled_from([1, 1, 2]))
+    for axis in order:
+        strides[axis] = step
+        step *= sizes[axis]
+    return tuple(strides), draw(st.integers(1, 20))
+
+
+@settings(derandomize=True, database=None, max_examples=300)
+@given(maps())
+def test_side_by_side(case):
+    """A run never begins where it would not be aligned, and its pixels are neighbours."""
+    strides, patch_w = case
+    run = module.side_by_side(strides, patch_w)
+    assert patch_w % run == 0 and run in (1, 2, 4, 8, 16)
+    if run > 1:
+        assert strides[3] == 1
+        assert all(stride % run == 0 for stride in strides[:3])
+
+
+def test_most_pixels_are_side_by_side():
+    assert module.side_by_side((3 * 224 * 224, 224 * 224, 224, 1), 4) == 4
+    assert module.side_by_side((3 * 224 * 224, 224 * 224, 224, 1), 32) == 16
+    assert module.side_by_side((3 * 222 * 222, 222 * 222, 222, 1), 4) == 1
+    assert module.side_by_side((3 * 224 * 224, 1, 3 * 224, 3), 4) == 1  # channels last
+
+
 @pytest.mark.parametrize("pixels", [False, True], ids=["float", "uint8"])
 def test_operator(pixels):
     args = arguments((2, 3, 8, 10), (4, 2), 24, True, True, torch.bfloat16, pixels)
@@ -163,12 +194,12 @@ MUTANTS = {
         "patch_column = row % patches_h", "(row // patches_w) % patches_h", "(row // patches_h) % patches_w"),
     "one channel of three": ("tiny", module, "channel.to(tl.int64) * channel_stride", "channel.to(tl.int64) * 0"),
     "the first image alone": ("tiny", module, "image.to(tl.int64) * image_stride", "image.to(tl.int64) * 0"),
-    "K tail not masked": ("not square, left over", module, "inside[:, None] & (k < K)[None, :]", "inside[:, None]"),
+    "K tail not masked": ("not square, left over", module, "if K % BLOCK_K != 0:", "if False:"),
     "edges of W not masked": ("not square, left over", tiles, "if WHOLE:", "if True:"),
     "rows not masked": ("not square, left over", module, "inside = row < rows", "inside = row < rows + 1"),
     "left over rows taken":
         ("not square, left over", module, "images.shape[2] // patch_h", "-(-images.shape[2] // patch_h)"),
-    "no bias": ("no norm", module, "if HAS_BIAS:", "if False:"),
+    "no bias": ("no norm", module, "if HAS_BIAS else", "if False else"),
     "no norm": ("tiny", module, "if NORM:", "if False:"),
     "another eps": ("tiny", tiles, "squares / C + eps", "squares / C + 1e-5"),
     "no scale and shift": ("uint8", module, "if SCALED:", "if False:"),
