@@ -91,6 +91,9 @@ def _qkv_attention_kernel(
     qk_rows = tl.where(two % BLOCK_D < HEAD_DIM, first + two // BLOCK_D * C + two % BLOCK_D, 3 * C)
     v_rows = tl.where(d < HEAD_DIM, first + 2 * C + d, 3 * C)
     WHOLE: tl.constexpr = HEAD_DIM == BLOCK_D
+    if WHOLE:  # in runs, which the compiler doesn't see
+        qk_rows = tl.max_contiguous(tl.multiple_of(qk_rows, BLOCK_D), BLOCK_D)
+        v_rows = tl.max_contiguous(tl.multiple_of(v_rows, BLOCK_D), BLOCK_D)
     qk = in_each_row(qkv_bias, qk_rows, 3 * C, SLOTS, WHOLE)
     v = in_each_row(qkv_bias, v_rows, 3 * C, SLOTS, WHOLE)
     for start in range(0, C, BLOCK_K):

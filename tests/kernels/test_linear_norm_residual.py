@@ -114,7 +114,7 @@ def test_errors():
 # fmt: off
 MUTANTS = {
     "residual left out": ("projection", module, "acc = add_rows", "_ = add_rows"),
-    "no bias": ("projection", module, "acc = add_vector", "_ = add_vector"),
+    "no bias": ("projection", module, "acc = vector_rows(bias", "acc = vector_rows(norm_bias"),
     "no norm": ("projection", module, "acc = layer_norm(acc, norm", "_ = layer_norm(acc, norm"),
     "no second norm": ("fc2", module, "if EXTRA_NORM:", "if False:"),
     "second norm with the first's eps": ("fc2", module, "extra_bias, extra_eps, C", "extra_bias, eps, C"),
