@@ -123,7 +123,7 @@ MUTANTS = {
     "edges of W not masked": ("tails", tiles, "if WHOLE:", "if True:"),
     "rows not masked": ("tails", module, "inside = row < rows", "inside = row < rows + 1"),
     "channel tail of the bias":
-        ("tails", tiles, "tl.load(vector + columns, mask=columns < C, other=0.0)", "tl.load(vector + columns)"),
+        ("tails", tiles, "C, ROWS, COUNT * TILE == C)", "C, ROWS, True)"),
     "tiles of channels mixed up": ("fc2", module, "column = i * TILE", "column = (COUNT - 1 - i) * TILE"),
 }
 # fmt: on
