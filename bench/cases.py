@@ -41,7 +41,7 @@ FORMS = {  # the parts of a block that several kernels can compute, all in one k
         "mlp_half": "mlp_block",
         "mlp_output": "linear_norm_residual",
     },
-    "by heads": {
+    "heads": {
         "attention_half": "qkv_attention",
         "projection": "linear_norm_residual",
         "mlp_half": "linear",

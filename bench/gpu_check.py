@@ -93,7 +93,7 @@ def _environment(visit: Visit) -> list[Command]:
 def _check(visit: Visit) -> list[Command]:
     """Every kernel at the shapes of real models, as the tables have it, in every dtype, and blocks not fused at all."""
     models = (MODEL, "swinv2_cr_tiny_384", "--batch", "4") if GPU else ("small", "--batch", "1")
-    command = (*PYTHON, "bench.kernels", "--check-only", "--forms", "tables", "apart", "--model", *models)
+    command = (*PYTHON, "bench.kernels", "--check-only", "--forms", "tables", "heads", "apart", "--model", *models)
     return [(*command, *(EVERY_DTYPE if GPU else ("--dtypes", "float16")), *_minutes(visit))]
 
 
@@ -164,8 +164,11 @@ def _kernels(visit: Visit) -> list[Command]:
     return [(*PYTHON, "bench.kernels", *size, *_minutes(visit), "--output", str(visit.output / "kernels.csv"))]
 
 
-def _overhead(visit: Visit) -> list[Command]:
-    return [(*PYTHON, "bench.overhead", "--output", str(visit.output / "overhead.csv"))]
+def _profile(visit: Visit) -> list[Command]:
+    if not GPU:
+        raise Missing("profiling needs a GPU")
+    options = ("--model", MODEL, "--output", str(visit.output / "profile.csv"))
+    return [(*PYTHON, "bench.profile_gpu", "--batch", size, *options) for size in ("1", "256")]
 
 
 def _tune(visit: Visit) -> list[Command]:
@@ -183,7 +186,7 @@ STEPS = {
     "sanitize": Step(0.18, _sanitize, 3),
     "models": Step(0.16, _models, 9),
     "kernels": Step(0.08, _kernels, 4),
-    "overhead": Step(0.02, _overhead, 2),
+    "profile": Step(0.06, _profile, 2),
     "tune": Step(0.40, _tune, 3),
     "models-again": Step(0.16, _models_again, 6),
 }

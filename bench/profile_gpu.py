@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(tabulate(rows, headers="keys"))
     for part, microseconds in summary(rows).items():
         print(f"{part}: {microseconds:.1f} µs")
+    print(", ".join(about.values()))
     print(f"the graph with a cold cache: {1e6 * timer_of(device)(launch):.1f} µs")
     if not options.overlapped:
         fast = swinfast.optimize(forward.plain, dtype=PRECISIONS[options.dtype])
@@ -115,7 +116,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 fast(forward.images)
             returns, answers = of_the_host(lambda: fast(forward.images), torch.cuda.synchronize)
         print(f"a call returns after {returns:.1f} µs, and its answer is there after {answers:.1f} µs")
-    print(", ".join(about.values()))
     return 0
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_check, kernels, overhead, sanitize, tune
+from bench import gpu_check, kernels, profile_gpu, sanitize, tune
 from bench.gpu_check import STEPS, Missing, Step, Visit
 
 PARSERS = {
     "bench.kernels": kernels._parser,
-    "bench.overhead": overhead._parser,
+    "bench.profile_gpu": profile_gpu._parser,
     "bench.sanitize": sanitize._parser,
     "bench.tune": tune._parser,
 }
@@ -152,7 +152,7 @@ def test_commands(name, gpu, tmp_path, options, monkeypatch):
     monkeypatch.setattr(gpu_check, "GPU", gpu)
     monkeypatch.setattr(gpu_check, "_table", lambda: tmp_path / "sm_90.json")
     (tmp_path / "sm_90.json").touch()
-    if name == "tune" and not gpu:
+    if name in ("tune", "profile") and not gpu:
         with pytest.raises(Missing, match="needs a GPU"):
             STEPS[name].commands(Visit(tmp_path, 2.0))
         return
@@ -239,10 +239,12 @@ def test_a_lost_context_ends_a_process(tmp_path, processes):
     assert done.returncode != 0
 
 
-def test_files_that_come_back(options):
+def test_files_that_come_back(options, monkeypatch):
     """At most eight: a device that others lend may return no more."""
+    monkeypatch.setattr(gpu_check, "GPU", True)
+    monkeypatch.setattr(gpu_check, "_table", lambda: Path("sm_90.json"))
     names = {"summary.txt", "log.txt", gpu_check._table().name}
-    for name in ("models", "kernels", "overhead"):
+    for name in ("models", "kernels", "profile"):
         (*_, command) = STEPS[name].commands(Visit(Path("folder"), 1.0))
         names |= {os.path.basename(word) for word in command if word.startswith("folder")}  # noqa: PTH119
     assert len(names | {"models_tuned.csv", "tune.jsonl"}) == 8
