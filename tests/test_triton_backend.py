@@ -167,10 +167,11 @@ def test_compile(timm):
         assert relative_rms(before, fast(images)) > 1e-4
 
 
-def test_gradients_of_a_compiled_model(timm):
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gradients_of_a_compiled_model(timm, dynamic):
     model = make(timm, TINY, "timm")
     fast = optimised(model)
-    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     images = random_images(2, 3, 32, 32).to(DEVICE).requires_grad_()
     expected, got = (torch.autograd.grad(either(images).square().sum(), images)[0] for either in (fast, compiled))
     assert expected.abs().max() > 0
