@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,19 +16,25 @@ Row = dict
 
 
 def merge(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
-    """Rows with measured ones put first among those of their kernel; rows that nothing reaches any more are dropped."""
+    """Rows with measured ones put first among those of their kernel that hold for as many rows of activations.
+
+    The fewer a row holds for, the earlier it comes. Rows that nothing reaches any more are dropped.
+    """
     merged = list(rows)
     for row in reversed(measured):
         same = [index for index, other in enumerate(merged) if other["kernel"] == row["kernel"]]
-        few = [index for index in same if "rows_max" in merged[index].get("when", {})]
-        place = same[0] if same else (0 if row["kernel"] in FORMS else len(merged))
-        if few and "rows_max" not in row["when"]:  # what holds for few rows stays before what holds for any number
-            ordered = [merged[index] for index in (*few, *(index for index in same if index not in few))]
-            for index, other in zip(same, ordered, strict=True):
-                merged[index] = other
-            place = same[len(few) - 1] + 1
-        merged.insert(place, row)
+        ordered = sorted((merged[index] for index in same), key=most_rows)
+        for index, other in zip(same, ordered, strict=True):
+            merged[index] = other
+        before = sum(most_rows(other) < most_rows(row) for other in ordered)
+        first = same[0] if same else (0 if row["kernel"] in FORMS else len(merged))
+        merged.insert(same[before - 1] + 1 if before else first, row)
     return _reachable(merged)
+
+
+def most_rows(row: Row) -> float:
+    """The most rows of activations that a row of a table holds for."""
+    return row.get("when", {}).get("rows_max", math.inf)
 
 
 def _reachable(rows: Sequence[Row]) -> list[Row]:

@@ -27,6 +27,7 @@ class Kind(NamedTuple):
     channels: int
     tokens: int  # of a window
     rows: int
+    few: bool  # what is chosen is to hold for up to about so many rows, not for any number
     present: dict[str, str]  # their forms by part
     many: str  # attention_half for many rows
 
@@ -42,13 +43,14 @@ def source_of(about: dict[str, str], models: str, precision: str, numbers: str) 
     return f"{about['source']} on {about['device']}, {versions}, {models}, {precision}: {numbers}"
 
 
-def when_few(rows: int) -> dict[str, int]:
-    """What a choice that was measured with a number of rows holds for: any number, or few, up to twice as many."""
-    return {} if rows > FEW else {"rows_max": 2 * rows}
+def when_few(rows: int, few: bool) -> dict[str, int]:
+    """What a choice that was measured with a number of rows holds for: any number, or where they are few, up to twice
+    as many."""
+    return {"rows_max": 2 * rows} if few else {}
 
 
-def kinds_of(model: nn.Module, batch: int, precision: str, arch: str) -> list[Kind]:
-    """All kinds of blocks that a model has."""
+def kinds_of(model: nn.Module, batch: int, precision: str, arch: str, few: bool | None = None) -> list[Kind]:
+    """All kinds of blocks that a model has; few: as in Kind, None for what their rows say."""
     found = {}
     for block in (block for stage in model.stages for block in stage.blocks):
         channels, window = block.norm1.normalized_shape[0], tuple(block.window_size)
@@ -59,7 +61,7 @@ def kinds_of(model: nn.Module, batch: int, precision: str, arch: str) -> list[Ki
                 for number in (rows, MANY)
             )
         sizes = channels, window[0] * window[1], rows
-        found[sizes] = Kind(*sizes, present._asdict(), many.attention_half)
+        found[sizes] = Kind(*sizes, rows <= FEW if few is None else few, present._asdict(), many.attention_half)
     return list(found.values())
 
 
@@ -71,7 +73,7 @@ def options_of(kind: Kind, parts: Option) -> list[Option]:
     half, last = parts
     found = [(kind.present[half], kind.present[last])]
     for form in dict.fromkeys(forms[half] for forms in FORMS.values()):
-        if half == "attention_half" and when_few(kind.rows) and form not in (kind.many, BOTH_LAYOUTS):
+        if half == "attention_half" and kind.few and form not in (kind.many, BOTH_LAYOUTS):
             continue
         ends = [kind.present[last]] if form in WHOLE else dict.fromkeys(forms[last] for forms in FORMS.values())
         found += [(form, end) for end in ends]
@@ -80,7 +82,7 @@ def options_of(kind: Kind, parts: Option) -> list[Option]:
 
 def rows_of(kind: Kind, parts: Option, best: Option, precision: str, source: str) -> list[Row]:
     """Rows that choose an option where it is not chosen at present."""
-    when = {"channels": kind.channels, "tokens": kind.tokens} | when_few(kind.rows)
+    when = {"channels": kind.channels, "tokens": kind.tokens} | when_few(kind.rows, kind.few)
     return [
         {"kernel": part, "precision": precisions_of(precision), "when": when, "blocks": {"use": use}, "source": source}
         for part, use in zip(parts, best, strict=True)

@@ -169,7 +169,7 @@ class Compositions:
             Crashed: The GPU's context is lost.
         """
         for forward in forwards:
-            kinds = kinds_of(model_named(forward.name), forward.batch, forward.precision, self.arch)
+            kinds = kinds_of(model_named(forward.name), forward.batch, forward.precision, self.arch, few=True)
             for kind, parts in itertools.product(kinds, HALVES):
                 if time.monotonic() > self.deadline:
                     print("out of time: not every composition was tried")

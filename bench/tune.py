@@ -35,7 +35,7 @@ from tabulate import tabulate
 
 from bench import OUT_OF_TIME
 from bench.alone import Bench, Crashed, in_words, winner
-from bench.candidates import SIXTEEN_BITS, candidates
+from bench.candidates import FEW, SIXTEEN_BITS, candidates
 from bench.cases import launch_of, tf32_setting
 from bench.config_tables import Row, update
 from bench.forms import form_rows, precisions_of, source_of, when_few
@@ -165,14 +165,18 @@ def known_final(target: Target, log: Log) -> Final | None:
 
 
 def row_of(target: Target, final: Final, about: dict[str, str], models: str, where: str) -> Row:
-    """A row of the table for a choice that wins; where says what its times are of, nothing where they are its own."""
+    """A row of the table for a choice that wins; where says what its times are of, nothing where they are its own.
+
+    What was found in whole forwards holds for as many rows alone: there are few images.
+    """
     rows = dict(target.sizes).get("rows", MANY)
+    few = bool(where) or rows <= FEW
     time = f"{final.us:.1f} us {where}".strip()
     former = "none that runs" if final.present_us is None else f"{final.present_us:.1f} us of {tile(target.present)}"
     return {
         "kernel": target.kernel,
         "precision": precisions_of(target.precision),
-        "when": {name: size for name, size in target.sizes if name != "rows"} | when_few(rows),
+        "when": {name: size for name, size in target.sizes if name != "rows"} | when_few(rows, few),
         "blocks": final.best.blocks,
         "num_warps": final.best.num_warps,
         "num_stages": final.best.num_stages,

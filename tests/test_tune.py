@@ -206,6 +206,25 @@ def test_compositions_in_a_forward(compositions):
         assert tried == {f"{half} {end}" for half in ("qkv_attention", "window_attention") for end in ends}
 
 
+def test_what_is_found_in_forwards_holds_for_as_few_rows(tmp_path):
+    """However many they are: at batch 8 the first stage has more rows than what counts as few elsewhere."""
+    targets = find_targets(["small"], 32, ["float16"], "sm_90", ["merge_norm", "mlp_block"])
+    target = max(targets, key=lambda target: dict(target.sizes)["rows"])
+    rows = dict(target.sizes)["rows"]
+    final = tune.Final(target.present, 1.0, 2.0, True, [1.0])
+    assert rows > 4096
+    when = [tune.row_of(target, final, ABOUT, "small", where)["when"] for where in ("in a forward", "")]
+    assert when[0]["rows_max"] == 2 * rows and "rows_max" not in when[1]
+    model = model_named("small")
+    few, many = (forms.kinds_of(model, 32, "float16", "sm_90", few)[0] for few in (True, None))
+    assert few.rows == many.rows > 4096
+    halves = [{half for half, _ in forms.options_of(kind, forms.HALVES[0])} for kind in (few, many)]
+    assert halves == [{"qkv_attention", "window_attention"}, {"attention_block", "qkv_attention", "window_attention"}]
+    for kind, most in ((few, 2 * few.rows), (many, None)):
+        (found,) = forms.rows_of(kind, forms.HALVES[1], ("mlp_block", kind.present["mlp_output"]), "float16", "a test")
+        assert found["when"].get("rows_max") == most
+
+
 def test_a_composition_must_win_by_a_share_of_the_forward(compositions):
     assert not compositions(lambda launched: 1000 - 1.4 * launched.count("mlp_block"))[0]
 
@@ -417,6 +436,25 @@ def test_rows_for_few_stay_before_those_for_any_number():
     assert config_tables.merge([old, few], [any_number]) == [few, any_number, old]
     assert config_tables.merge([any_number], [few]) == [few, any_number]
     assert config_tables.merge([few], [row(k=8, rows_max=64, source="new")]) == [row(k=8, rows_max=64, source="new")]
+
+
+def test_rows_for_fewer_come_earlier():
+    """Else what was measured at batch 8 would hide what was measured at batch 1."""
+    eight, one, any_number = row(k=8, rows_max=4096), row(k=8, rows_max=512), row(k=8, source="any")
+    assert config_tables.merge([any_number, one], [eight]) == [one, eight, any_number]
+    assert config_tables.merge([eight, any_number], [one]) == [one, eight, any_number]
+    assert config_tables.merge([], [eight, any_number, one]) == [one, eight, any_number]
+    other = row("mlp_half", channels=8)
+    assert config_tables.merge([other, one, any_number], [eight]) == [other, one, eight, any_number]
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+def test_tables_have_rows_for_fewer_earlier(file):
+    """So that a row which tuning adds changes the order of no others."""
+    rows: dict[str, list[float]] = {}
+    for one in json.loads(file.read_text(encoding="utf-8")):
+        rows.setdefault(one["kernel"], []).append(config_tables.most_rows(one))
+    assert all(found == sorted(found) for found in rows.values())
 
 
 def test_rows_that_nothing_reaches_are_dropped():
