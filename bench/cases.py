@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from swinfast.kernels.configs import Choose, Config, override
+from swinfast.kernels.configs import MANY, Choose, Config, override
 from swinfast.kernels.launch import INTERPRETED, Launch, record
 from swinfast.kernels.shapes import PRECISIONS
+from swinfast.kernels.stages import BOTH_LAYOUTS
 from swinfast.kernels.window_attention import padded_size
 from swinfast.kernels.windows import LARGEST_TILE, arranged, slots
 from swinfast.reference import ops
@@ -32,6 +33,7 @@ MODELS = {  # for tests: whole windows, and windows, channels and heads that are
     "padded": SMALL | {"img_size": 36, "embed_dim": 24, "window_size": 7},
 }
 BATCHED = ("images", "x", "qkv", "residual")  # arguments whose first dimension is the batch
+IN_A_TILE = ("attention_block", "qkv_attention")  # forms for windows of at most LARGEST_TILE tokens
 IMAGES_AT_ONCE = 16  # that a definition is computed for in float64
 LOG2_E = math.log2(math.e)
 FORMS = {  # the parts of a block that several kernels can compute, all in one kernel and in as many as there are
@@ -128,7 +130,9 @@ def choose_forms(forms: dict[str, str], channels: int | None = None) -> Choose:
         use = forms.get(kernel)
         if use is None or (channels is not None and shape["channels"] != channels):
             return None
-        if use in ("attention_block", "qkv_attention") and shape["tokens"] > LARGEST_TILE:
+        if use in IN_A_TILE and shape["tokens"] > LARGEST_TILE:
+            return None
+        if use == BOTH_LAYOUTS and shape["rows"] >= MANY:  # how the table is laid out stays as the tables have it
             return None
         return Config({"use": use}, 4, 1, "chosen for this run")
 

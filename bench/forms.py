@@ -8,10 +8,11 @@ from swinfast.kernels.configs import MANY, at_most
 from swinfast.kernels.launch import record
 from swinfast.kernels.shapes import PRECISIONS
 from swinfast.kernels.stages import BOTH_LAYOUTS, forms_of
+from swinfast.kernels.windows import LARGEST_TILE
 from torch import nn
 
 from bench.candidates import FEW, SIXTEEN_BITS
-from bench.cases import FORMS, cases_of, choose_forms, model_named, tf32_setting
+from bench.cases import FORMS, IN_A_TILE, cases_of, choose_forms, model_named, tf32_setting
 from bench.config_tables import Row
 
 GAIN = 0.02  # that a measured choice must win by
@@ -44,9 +45,11 @@ def source_of(about: dict[str, str], models: str, precision: str, numbers: str) 
 
 
 def when_few(rows: int, few: bool) -> dict[str, int]:
-    """What a choice that was measured with a number of rows holds for: any number, or where they are few, up to twice
-    as many."""
-    return {"rows_max": 2 * rows} if few else {}
+    """What a choice that was measured with a number of rows holds for: any number; where they are few, up to as many.
+
+    So what was measured for one number is never hidden by what was for another, and between two the larger counts.
+    """
+    return {"rows_max": rows} if few else {}
 
 
 def kinds_of(model: nn.Module, batch: int, precision: str, arch: str, few: bool | None = None) -> list[Kind]:
@@ -73,6 +76,8 @@ def options_of(kind: Kind, parts: Option) -> list[Option]:
     half, last = parts
     found = [(kind.present[half], kind.present[last])]
     for form in dict.fromkeys(forms[half] for forms in FORMS.values()):
+        if form in IN_A_TILE and kind.tokens > LARGEST_TILE:
+            continue
         if half == "attention_half" and kind.few and form not in (kind.many, BOTH_LAYOUTS):
             continue
         ends = [kind.present[last]] if form in WHOLE else dict.fromkeys(forms[last] for forms in FORMS.values())

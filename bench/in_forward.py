@@ -156,11 +156,16 @@ def in_forwards(
 
 
 class Compositions:
-    """Compares the compositions of blocks by whole forwards."""
+    """Compares the compositions of blocks by whole forwards.
+
+    Attributes:
+        cut: Whether there was no time for some of them.
+    """
 
     def __init__(self, arch: str, timer: Timer, pool: Pool | None, log: Log, deadline: float):
         """deadline: Of time.monotonic, after which no comparison begins; pool: What compiles, None to do so on use."""
         self.arch, self.timer, self.pool, self.log, self.deadline = arch, timer, pool, log, deadline
+        self.cut = False
 
     def rows(self, forwards: Sequence[Forward]) -> Iterator[Row]:
         """Rows of the compositions that win, as they are found.
@@ -173,12 +178,15 @@ class Compositions:
             for kind, parts in itertools.product(kinds, HALVES):
                 if time.monotonic() > self.deadline:
                     print("out of time: not every composition was tried")
+                    self.cut = True
                     return
                 yield from self._compared(forward, kind, parts)
 
     def _compared(self, forward: Forward, kind: Kind, parts: Option) -> list[Row]:
         """Rows for one half of one kind of block; none where its present composition fails: nothing is beaten."""
         what = f"{' and '.join(parts)} channels={kind.channels} rows={kind.rows} {forward.precision}"
+        if self._is_known(what, tuple(kind.present[part] for part in parts)):
+            return []
         chosen = {
             one: choose_forms(dict(zip(parts, one, strict=True)), kind.channels) for one in options_of(kind, parts)
         }
@@ -191,16 +199,32 @@ class Compositions:
         rivals = [present, *(one for one in others if one[1] is not None)]
         if present[1] is None or len(rivals) < 2:
             return []
-        times = [rounds for (rounds,) in rounds_of([[launch] for _, launch in rivals], self.timer)]
+        times = self._times(what, [launch for _, launch in rivals])
         us = [statistics.median(rounds) for rounds in times]
         for (option, _), one in zip(rivals, us, strict=True):
             self.log.note(what, " ".join(option), "timed", us=round(one, 3))
         place = winner(times, GAIN)
         best = rivals[place][0]
+        self.log.note(what, "final", "final", best=best)
         print(f"{what}: {' and '.join(best)}{' wins' if place else ' stays'}, {us[place]:.1f} µs", flush=True)
         numbers = f"{us[place]:.1f} us in a forward against {us[0]:.1f} us of {' and '.join(present[0])}"
         source = source_of(self.log.about, f"{forward.name} batch {forward.batch}", forward.precision, numbers)
         return rows_of(kind, parts, best, forward.precision, source)
+
+    def _is_known(self, what: str, present: Option) -> bool:
+        """Whether what is present now was the best in an earlier run, or that crashed."""
+        final = self.log.noted(what).get("final")
+        return final is not None and (final["outcome"] != "final" or tuple(final["best"]) == present)
+
+    def _times(self, what: str, launches: Sequence[Callable[[], object]]) -> list[list[float]]:
+        """Microseconds by [rival][round]."""
+        try:
+            return [rounds for (rounds,) in rounds_of([[launch] for launch in launches], self.timer)]
+        except Exception as error:
+            outcome = outcome_of(error)
+            if isinstance(outcome, Crashed):
+                self.log.note(what, "final", in_words(outcome))
+            raise outcome from error
 
     def _launches(
         self, what: str, option: Option, forward: Forward, choose: Choose, cases: Sequence[Case]

@@ -98,8 +98,9 @@ class Log:
         return self.known.get(self._name(what), {})
 
     def _name(self, what: str) -> str:
-        versions = [self.about[name] for name in ("device", "torch", "triton", "commit")]
-        return hashlib.sha256(repr((what, self.where, versions)).encode()).hexdigest()[:16]
+        commit = self.about["commit"].removesuffix("-dirty")  # which a row makes it that is written
+        versions = [self.about[name] for name in ("device", "torch", "triton")]
+        return hashlib.sha256(repr((what, self.where, versions, commit)).encode()).hexdigest()[:16]
 
     def _add(self, entry: dict, what: str) -> None:
         entry["what"] = f"{what} {self.where}".strip()

@@ -34,7 +34,7 @@ from swinfast.kernels.shapes import PRECISIONS
 from tabulate import tabulate
 
 from bench import OUT_OF_TIME
-from bench.alone import Bench, Crashed, in_words, winner
+from bench.alone import Bench, Crashed, in_words, outcome_of, winner
 from bench.candidates import FEW, SIXTEEN_BITS, candidates
 from bench.cases import launch_of, tf32_setting
 from bench.config_tables import Row, update
@@ -145,7 +145,16 @@ def tune_target(
     finalists = [tried[0], *rivals] if present else rivals
     if not finalists:
         return None
-    final = decide(bench, finalists, bench.rounds(finalists), present)
+    try:
+        rounds = bench.rounds(finalists)
+    except Exception as error:
+        outcome = outcome_of(error)
+        for config in (
+            finalists[1:] or finalists if isinstance(outcome, Crashed) else ()
+        ):  # one of them, who knows which
+            done(config, outcome)
+        raise outcome from error
+    final = decide(bench, finalists, rounds, present)
     log.write(
         target, "final", "final", present=tile(tried[0]), best=tile(final.best), blocks=final.best.blocks,
         num_warps=final.best.num_warps, num_stages=final.best.num_stages, us=final.us, present_us=final.present_us,
@@ -244,8 +253,8 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[..., Timer] = tim
     what = f"{' '.join(models)} batch {batch}"
     try:
         with compilers(device) as pool:
+            compositions = Compositions(arch, timer, pool, log, deadline)
             if in_forward and set(KERNELS) <= set(options.kernels):
-                compositions = Compositions(arch, timer, pool, log, deadline)
                 for precision in options.dtypes:
                     for row in compositions.rows(forwards(precision)):
                         found(row)
@@ -269,7 +278,7 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[..., Timer] = tim
     for row in rows:
         print(json.dumps(row))
     print(f"{len(finals)} of {len(targets)} targets, {len(rows)} rows{'' if gpu else '; no measurement: no GPU'}")
-    return OUT_OF_TIME if left else 0
+    return OUT_OF_TIME if left or compositions.cut else 0
 
 
 def report(finals: Sequence[tuple[Target, Final]]) -> str:

@@ -35,7 +35,7 @@ class FusedWhole(Fused):
         plan = self._swinfast.plan
         if plan is None or not plan.graphs or needs_grad(x, plan.parameters):
             return None
-        if self._swinfast.cuda_graphs is False or not graphs.may_replay(x):
+        if not graphs.may_replay(x):
             return None
         kind = kind_of(x)
         return plan.graphs.replayed(

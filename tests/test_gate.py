@@ -82,6 +82,19 @@ for launched in found:
         print(job.kernel, *problems(job, measure(job)))
 """
 
+CACHE_KEYS = """
+import importlib, pkgutil, sys
+from swinfast import kernels
+
+names = sorted(module.name for module in pkgutil.iter_modules(kernels.__path__) if module.name != "__main__")
+modules = [importlib.import_module(f"swinfast.kernels.{name}") for name in names]
+found = {}
+for module in modules[:: int(sys.argv[1])]:
+    functions = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
+    found |= {name: function.cache_key for name, function in functions.items()}
+print(sorted(found.items()))
+"""
+
 SINGLE_PIXELS = """
 import re, torch
 from swinfast.kernels.gate import ARCHS, job_of
@@ -115,6 +128,14 @@ def gate(pytestconfig):
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
     return run
+
+
+def test_keys_of_kernels_do_not_depend_on_their_order(gate):
+    """Else what one process compiles is not found by another that compiles something else first."""
+    forwards, backwards = (gate("-c", CACHE_KEYS, step) for step in ("1", "-1"))
+    assert forwards.returncode == 0, forwards.stderr
+    assert "_qkv_attention_kernel" in forwards.stdout
+    assert forwards.stdout == backwards.stdout
 
 
 def test_pixels_are_loaded_four_at_a_time(gate):

@@ -55,7 +55,7 @@ def test_the_fastest_becomes_a_row(run, capsys):
     assert status == 0
     rows = json.loads(table.read_text(encoding="utf-8"))
     assert [(row["kernel"], row["when"]) for row in rows] == [
-        ("patch_embed", {"channels": 32, "k": 12, "rows_max": 512})
+        ("patch_embed", {"channels": 32, "k": 12, "rows_max": 256})
     ]
     assert rows[0]["num_stages"] == 1
     assert rows[0]["precision"] == ["float16", "bfloat16"]
@@ -144,7 +144,7 @@ def test_in_a_forward(run, monkeypatch):
     assert status == 0
     assert {entry["what"] for entry in log} == {"merge_norm channels=32 rows=64 float16 in a forward"}
     (row,) = json.loads(table.read_text(encoding="utf-8"))
-    assert row["num_warps"] == 2 and row["when"] == {"channels": 32, "rows_max": 128}
+    assert row["num_warps"] == 2 and row["when"] == {"channels": 32, "rows_max": 64}
     assert "99.0 us in a forward against 100.0 us of 4 w1 s1" in row["source"]
     assert len(others) == 4 + 2 * 4 and len(set(others)) == 1
 
@@ -194,10 +194,11 @@ def test_compositions_in_a_forward(compositions):
     found = {(row["kernel"], row["when"]["channels"], row["blocks"]["use"]): row for row in rows}
     assert set(found) == {("mlp_half", 32, "mlp_block"), ("mlp_half", 64, "mlp_block")}  # two blocks each
     row = found["mlp_half", 32, "mlp_block"]
-    assert row["when"] == {"channels": 32, "tokens": 16, "rows_max": 512}
+    assert row["when"] == {"channels": 32, "tokens": 16, "rows_max": 256}
     assert "small batch 1, float16: 996.0 us in a forward against 1004.0 us of linear and linear" in row["source"]
     entries = [json.loads(line) for line in log.file.read_text(encoding="utf-8").splitlines()]
-    assert {entry["outcome"] for entry in entries} == {"timed"}
+    assert {entry["outcome"] for entry in entries} == {"timed", "final"}
+    entries = [entry for entry in entries if entry["outcome"] == "timed"]
     halves = {(entry["what"], entry["config"]) for entry in entries}
     for channels, rows in ((32, 256), (64, 64)):
         attention = f"attention_half and projection channels={channels} rows={rows} float16 in a forward"
@@ -214,19 +215,100 @@ def test_what_is_found_in_forwards_holds_for_as_few_rows(tmp_path):
     final = tune.Final(target.present, 1.0, 2.0, True, [1.0])
     assert rows > 4096
     when = [tune.row_of(target, final, ABOUT, "small", where)["when"] for where in ("in a forward", "")]
-    assert when[0]["rows_max"] == 2 * rows and "rows_max" not in when[1]
+    assert when[0]["rows_max"] == rows and "rows_max" not in when[1]
     model = model_named("small")
     few, many = (forms.kinds_of(model, 32, "float16", "sm_90", few)[0] for few in (True, None))
     assert few.rows == many.rows > 4096
     halves = [{half for half, _ in forms.options_of(kind, forms.HALVES[0])} for kind in (few, many)]
     assert halves == [{"qkv_attention", "window_attention"}, {"attention_block", "qkv_attention", "window_attention"}]
-    for kind, most in ((few, 2 * few.rows), (many, None)):
+    for kind, most in ((few, few.rows), (many, None)):
         (found,) = forms.rows_of(kind, forms.HALVES[1], ("mlp_block", kind.present["mlp_output"]), "float16", "a test")
         assert found["when"].get("rows_max") == most
 
 
 def test_a_composition_must_win_by_a_share_of_the_forward(compositions):
     assert not compositions(lambda launched: 1000 - 1.4 * launched.count("mlp_block"))[0]
+
+
+def test_compositions_of_windows_that_are_no_tile():
+    """Neither attention_block nor qkv_attention takes 144 tokens: they are no options, and no rows come of them."""
+    for few in (True, False):
+        kinds = forms.kinds_of(model_named("swinv2_cr_tiny_384"), 1, "float16", "sm_90", few)
+        assert {kind.tokens for kind in kinds} == {144}
+        for kind in kinds:
+            assert {half for half, _ in forms.options_of(kind, forms.HALVES[0])} == {"window_attention"}
+
+
+def test_the_table_of_biases_stays_as_the_tables_have_it():
+    """What is checked, and compiled ahead, is what a forward runs: attention by heads with either layout."""
+    cases = cases_of(model_named("swinv2_cr_tiny_ns_224"), 1, "float16", "sm_90", choose_forms(FORMS["heads"]))
+    layouts = {
+        (case.arguments["x"].shape[-1], case.arguments["table"].dim())
+        for case in cases
+        if case.operation == "qkv_attention"
+    }
+    assert layouts == {(96, 5), (192, 4), (384, 4), (768, 4)}
+
+
+def test_compositions_are_compared_once(compositions, monkeypatch):
+    """With --resume those whose best is in use are known; a row that is not in the table yet is found again."""
+    tried = []
+    original = in_forward.Forward.launches
+    monkeypatch.setattr(in_forward.Forward, "launches", lambda self, choose: tried.append(1) or original(self, choose))
+    faster = lambda launched: 1000 - 4 * launched.count("mlp_block")  # noqa: E731
+    rows, _ = compositions(faster)
+    first = len(tried)
+    assert len(rows) == 2 and first > 4
+    again, _ = compositions(faster, resume=True)
+    assert again == rows
+    assert 0 < len(tried) - first < first  # the halves in which nothing won are not compared again
+
+
+def test_nothing_is_found_where_the_present_composition_fails(compositions):
+    def check(self, cases, choose):
+        if not any(case.operation == "mlp_block" for case in cases):
+            raise RuntimeError("out of resource: shared memory")
+
+    rows, log = compositions(lambda launched: 1000 - 4 * launched.count("mlp_block"), check)
+    assert not rows
+    assert not any("timed" in entry["outcome"] for entries in log.known.values() for entry in entries.values())
+
+
+def test_a_context_that_is_lost_while_compositions_are_timed(compositions):
+    """The comparison is not tried again."""
+
+    def lost(launched):
+        raise RuntimeError("CUDA error: misaligned address")
+
+    found = 0
+    while True:
+        try:
+            rows, _ = compositions(lost, resume=True)
+            break
+        except alone.Crashed:
+            found += 1
+    assert not rows and found == 4  # two halves of two kinds
+
+
+def test_what_was_checked_is_known_by_its_configuration(monkeypatch):
+    monkeypatch.setattr(in_forward.Forward, "_optimise", lambda self: None)
+    checked = []
+    monkeypatch.setattr(in_forward.Oracle, "check", lambda self, got: checked.append(1))
+    forward = in_forward.Forward("small", 1, "float16", CPU)
+    cases = [case for case in forward.cases("sm_90", lambda kernel, shape: None) if case.operation == "merge_norm"]
+    other = [
+        case._replace(launch=case.launch._replace(config=case.launch.config._replace(num_warps=8))) for case in cases
+    ]
+    for given in (cases, cases, other):
+        forward.check(given, lambda kernel, shape: None)
+    assert len(checked) == 2 * len(cases) > 0
+
+
+def test_compositions_are_compiled_ahead(compositions, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(in_forward, "compile_all", lambda cases, *_: compiled.extend(case.operation for case in cases))
+    compositions(lambda launched: 1000)
+    assert {"mlp_block", "qkv_attention", "window_attention"} <= set(compiled)
 
 
 def test_compositions_that_fail_are_left_out(compositions):
@@ -238,7 +320,7 @@ def test_compositions_that_fail_are_left_out(compositions):
     assert not rows
     outcomes = [entry["outcome"] for entry in map(json.loads, log.file.read_text(encoding="utf-8").splitlines())]
     assert outcomes.count("wrong: rms error 1 is above 0") == 2
-    assert set(outcomes) == {"timed", "wrong: rms error 1 is above 0"}
+    assert set(outcomes) == {"timed", "final", "wrong: rms error 1 is above 0"}
 
 
 def test_a_forward_whose_kernel_fails_is_made_anew(monkeypatch):
@@ -520,7 +602,7 @@ def test_compositions_for_few_rows():
     """They hold for few rows, where attention can only be what takes the same table as for many."""
     found = forms.form_rows(["small"], 2, "float16", "sm_90", times_of(1, 10, batch=2), ABOUT)
     assert {(one["kernel"], one["blocks"]["use"]) for one in found} == {("mlp_half", "mlp_block")}
-    assert {(one["when"]["channels"], one["when"]["rows_max"]) for one in found} == {(32, 1024), (64, 256)}
+    assert {(one["when"]["channels"], one["when"]["rows_max"]) for one in found} == {(32, 512), (64, 128)}
     found = forms.form_rows(["small"], 2, "float16", "sm_90", times_of(100, 10, batch=2, by_heads=21), ABOUT)
     assert {(one["kernel"], one["blocks"]["use"]) for one in found} == {("attention_half", "window_attention")}
 

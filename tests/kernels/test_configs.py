@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from swinfast.kernels import configs
 from swinfast.kernels.configs import ARCHITECTURES, FOLDER, Config, columns, config, override
+from swinfast.kernels.stages import forms_of
+from swinfast.kernels.windows import LARGEST_TILE
 
 PRECISIONS = ("float16", "bfloat16", "float32", "tf32")
 BLOCKS = {
@@ -85,6 +88,21 @@ def test_no_configuration():
         config("linear", "sm_90", "float64", k=8, n=8)
 
 
+def test_attention_for_few_rows_takes_the_table_that_many_have():
+    """Of another form than qkv_attention, which takes both layouts, the tables can't speak for few rows alone."""
+    uses = {"attention_half": {"many": "attention_block", "few": "window_attention"}}
+
+    def choose(kernel, shape):
+        use = uses.get(kernel, {}).get("few" if shape.get("rows", 0) < 1000 else "many")
+        return use and Config({"use": use}, 4, 1, "a test")
+
+    with override(choose):
+        for few, expected in (("window_attention", "attention_block"), ("qkv_attention", "qkv_attention")):
+            uses["attention_half"]["few"] = few
+            found = [forms_of(96, (7, 7), torch.float16, torch.device("meta"), rows) for rows in (64, 1 << 20)]
+            assert [forms.attention_half for forms in found] == [expected, "attention_block"]
+
+
 def test_override():
     wanted, asked = Config({"BLOCK_M": 16}, 1, 1, "a test"), []
 
@@ -137,6 +155,9 @@ def test_tables(file):
         if row["kernel"] in CHOICES:
             assert row["blocks"].keys() == {"use"}, row
             assert row["blocks"]["use"] in CHOICES[row["kernel"]], row
+            if row["blocks"]["use"] in ("attention_block", "qkv_attention"):  # a window is one tile there
+                tokens = row["when"].get("tokens", row["when"].get("tokens_max"))
+                assert max(tokens if isinstance(tokens, list) else [tokens]) <= LARGEST_TILE, row
         elif row["kernel"] == "linear" and "use" in row["blocks"]:
             assert row["blocks"] == {"use": "library"}, row
         else:
