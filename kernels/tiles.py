@@ -4,6 +4,8 @@ A row of C channels that is no power of two is a tuple of COUNT tiles [rows, TIL
 C are zero.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -175,3 +177,17 @@ def layer_norm(tiles, weight, bias, eps, C: tl.constexpr, TILE: tl.constexpr, CO
         b = tl.load(bias + columns, mask=columns < C, other=0.0).to(tl.float32)
         normed = normed + (deviations[i] * rstd[:, None] * w[None, :] + b[None, :],)
     return normed
+
+
+def hash_now(module: dict[str, Any]) -> None:
+    """Have Triton hash all functions of a module, which stand there after those that they call.
+
+    The key of a kernel in Triton's cache contains the constants of the functions that it calls, but only of those that
+    were hashed before it. Without this it would depend on which kernel a process happens to compile first, and what
+    another process compiled would not be found.
+    """
+    for function in list(module.values()):
+        getattr(function, "cache_key", None)
+
+
+hash_now(globals())

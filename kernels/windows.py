@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import power_of_two
-from .tiles import dot, quotient
+from .tiles import dot, hash_now, quotient
 
 LARGEST_TILE = 64  # tokens
 ENOUGH_PROGRAMS = 1024  # several for every multiprocessor of a large GPU
@@ -139,3 +139,6 @@ def check_table(
             f"table must be what {source} gives: contiguous {list(shape)} of {dtype} on {device}, "
             f"got {list(table.shape)} of {table.dtype} on {table.device}"
         )
+
+
+hash_now(globals())
