@@ -47,7 +47,6 @@ AROUND = {
     "mlp_block": Config({"BLOCK_M": 32, "BLOCK_HIDDEN": 64}, 8, 2, ""),
     "norm_residual": Config({"BLOCK_M": 1}, 2, 1, ""),
     "merge_norm": Config({"BLOCK_M": 1}, 4, 1, ""),
-    "patch_embed": Config({"BLOCK_M": 32, "BLOCK_K": 16}, 4, 3, ""),
 }
 WASTE = 1.34  # columns computed over columns wanted
 PER_THREAD = (4, 256)  # float32 sums that a thread keeps
