@@ -24,7 +24,7 @@ from .launch import (
     precision,
     precision_name,
 )
-from .tiles import add_rows, begin, dot, layer_norm, load_rows, load_transposed, store_rows, vector_rows
+from .tiles import add_rows, add_vector, begin, dot, layer_norm, load_rows, load_transposed, store_rows, zeros
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -55,7 +55,7 @@ def _linear_norm_residual_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     x_rows = x + row.to(tl.int64)[:, None] * K
-    acc = vector_rows(bias, BLOCK_M, C, TILE, COUNT)
+    acc = zeros(BLOCK_M, TILE, COUNT)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         mask = inside[:, None]
@@ -68,6 +68,7 @@ def _linear_norm_residual_kernel(
             w = load_transposed(weight, column, k, C, K, TILE * COUNT == C and K % BLOCK_K == 0)
             summed = summed + (dot(tile, w, acc[i], PRECISION),)
         acc = summed
+    acc = add_vector(acc, bias, C, TILE, COUNT)
     acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
     offset = row.to(tl.int64) * C
     acc = add_rows(acc, load_rows(residual + offset, inside, C, TILE, COUNT), COUNT)

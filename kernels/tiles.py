@@ -146,6 +146,17 @@ def store_rows(rows, tiles, inside, C: tl.constexpr, TILE: tl.constexpr, COUNT: 
 
 
 @triton.jit
+def add_vector(tiles, vector, C: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr):
+    """Add a vector [C] to every row, in float32."""
+    added = ()
+    for i in tl.static_range(COUNT):
+        columns = i * TILE + tl.arange(0, TILE)
+        values = tl.load(vector + columns, mask=columns < C, other=0.0).to(tl.float32)
+        added = added + (tiles[i] + values[None, :],)
+    return added
+
+
+@triton.jit
 def add_rows(tiles, others, COUNT: tl.constexpr):
     added = ()
     for i in tl.static_range(COUNT):

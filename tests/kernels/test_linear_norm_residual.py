@@ -114,7 +114,7 @@ def test_errors():
 # fmt: off
 MUTANTS = {
     "residual left out": ("projection", module, "acc = add_rows", "_ = add_rows"),
-    "no bias": ("projection", module, "acc = vector_rows(bias", "acc = vector_rows(norm_bias"),
+    "no bias": ("projection", module, "acc = add_vector", "_ = add_vector"),
     "no norm": ("projection", module, "acc = layer_norm(acc, norm", "_ = layer_norm(acc, norm"),
     "no second norm": ("fc2", module, "if EXTRA_NORM:", "if False:"),
     "second norm with the first's eps": ("fc2", module, "extra_bias, extra_eps, C", "extra_bias, eps, C"),
@@ -123,7 +123,7 @@ MUTANTS = {
     "edges of W not masked": ("tails", tiles, "if WHOLE:", "if True:"),
     "rows not masked": ("tails", module, "inside = row < rows", "inside = row < rows + 1"),
     "channel tail of the bias":
-        ("tails", tiles, "C, ROWS, COUNT * TILE == C)", "C, ROWS, True)"),
+        ("tails", tiles, "tl.load(vector + columns, mask=columns < C, other=0.0)", "tl.load(vector + columns)"),
     "tiles of channels mixed up": ("fc2", module, "column = i * TILE", "column = (COUNT - 1 - i) * TILE"),
 }
 # fmt: on
