@@ -8,6 +8,7 @@ Triton and of this project, and nothing that was compiled here is compiled there
 """
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import time
@@ -33,13 +34,18 @@ def launches(options: argparse.Namespace) -> Iterator[tuple[Case, Launch]]:
     for batch in options.batch_sizes:
         for _, case in find_cases(options.models, batch, options.dtypes, options.arch, KERNELS, options.forms):
             yield case, case.launch
-        for target in find_targets(options.models, batch, options.dtypes, options.arch, KERNELS):
-            tried = candidates(
+        if options.candidates:
+            yield from _tried(options, batch)
+
+
+def _tried(options: argparse.Namespace, batch: int) -> Iterator[tuple[Case, Launch]]:
+    for target in find_targets(options.models, batch, options.dtypes, options.arch, KERNELS):
+        if target.in_use:
+            _, *others = candidates(
                 target.kernel, dict(target.sizes), target.precision, target.present, options.arch, options.candidates
             )
-            for config in tried[1:] if options.candidates and target.in_use else ():
-                for case in target.cases:
-                    yield case, launch_of(case, config, options.arch)
+            for config, case in itertools.product(others, target.cases):
+                yield case, launch_of(case, config, options.arch)
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:

@@ -149,10 +149,9 @@ def tune_target(
         rounds = bench.rounds(finalists)
     except Exception as error:
         outcome = outcome_of(error)
-        for config in (
-            finalists[1:] or finalists if isinstance(outcome, Crashed) else ()
-        ):  # one of them, who knows which
-            done(config, outcome)
+        if isinstance(outcome, Crashed):  # by one of them, who knows which
+            for config in finalists[1:] or finalists:
+                done(config, outcome)
         raise outcome from error
     final = decide(bench, finalists, rounds, present)
     log.write(

@@ -14,14 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import cdiv, config, power_of_two, row_tiles
+from .configs import cdiv, config, row_tiles
 from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
 from .tiles import add_rows, begin, dot, layer_norm, load_rows, load_transposed, store_rows, vector_rows
 from .windows import (
     arranged_bias,
     check_table,
     check_window,
+    grid_and_constants,
     images_at_once,
+    in_threads,
     slots,
     softmax,
     unit_q_and_k,
@@ -234,9 +236,7 @@ def attention_block(
     check_vectors(channels, qkv_weight, proj_bias=proj_bias)
     check_vectors(channels, x, norm_weight=norm_weight, norm_bias=norm_bias)
     size = slots(window_size)
-    types = 4 if any(shift_size) else 1
-    table_dtype = torch.float32 if qkv_weight.dtype == torch.float32 else torch.float16
-    check_table(table, (types, heads, size // 16, 2 * size, 8), table_dtype, x.device, "arranged(cpb_bias)")
+    check_table(table, heads, in_threads(size), shift_size, qkv_weight.dtype, x.device)
     chosen = config(
         "attention_block",
         arch_of(x.device),
@@ -246,24 +246,16 @@ def attention_block(
         stream_bytes=x.element_size(),
     )
     out = torch.empty_like(x)
-    windows_h, windows_w = cdiv(height, window_size[0]), cdiv(width, window_size[1])
+    (windows_h, windows_w), constants = grid_and_constants(x, heads, channels // heads, window_size, shift_size)
     images = images_at_once(chosen.blocks.get("IMAGES", 1), batch, windows_h * windows_w)
     launch(
         _attention_block_kernel,
         cdiv(batch, images) * windows_h * windows_w,
         *(x, qkv_weight, qkv_bias, logit_scale, table, proj_weight, proj_bias, norm_weight, norm_bias, out),
         *(height, width, windows_h, windows_w, batch, eps),
-        HEADS=heads,
-        HEAD_DIM=channels // heads,
-        WINDOW_H=window_size[0],
-        WINDOW_W=window_size[1],
-        SHIFT_H=shift_size[0],
-        SHIFT_W=shift_size[1],
-        PADDED=bool(height % window_size[0] or width % window_size[1]),
         SLOTS=size,
-        BLOCK_D=max(16, power_of_two(channels // heads)),
         PRECISION=precision(qkv_weight.dtype),
         config=chosen,
-        **chosen.blocks | row_tiles(chosen, channels) | {"IMAGES": images},
+        **constants | chosen.blocks | row_tiles(chosen, channels) | {"IMAGES": images},
     )
     return out

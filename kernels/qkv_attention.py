@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import at_most, cdiv, config, power_of_two
+from .configs import at_most, config
 from .launch import (
     arch_of,
     check,
@@ -32,6 +32,8 @@ from .windows import (
     arranged_bias,
     check_table,
     check_window,
+    grid_and_constants,
+    in_threads,
     slots,
     softmax,
     unit_q_and_k,
@@ -160,15 +162,13 @@ def qkv_attention(
     check_weight("qkv_weight", qkv_weight, (3 * channels, channels), x)
     check_vectors(3 * channels, qkv_weight, qkv_bias=qkv_bias)
     check_vectors(heads, x, logit_scale=logit_scale)
-    size, types = slots(window_size), 4 if any(shift_size) else 1
-    table_dtype = torch.float32 if qkv_weight.dtype == torch.float32 else torch.float16
-    arranged = table.dim() == 5
+    size, arranged = slots(window_size), table.dim() == 5
     if arranged:
         queries = keys = size
-        check_table(table, (types, heads, size // 16, 2 * size, 8), table_dtype, x.device, "arranged(cpb_bias)")
     else:
         queries, keys = padded_size(x.device, qkv_weight.dtype, tuple(window_size), channels // heads)
-        check_table(table, (types, heads, queries, keys), table_dtype, x.device)
+    layout = in_threads(size) if arranged else (queries, keys)
+    check_table(table, heads, layout, shift_size, qkv_weight.dtype, x.device)
     chosen = config(
         "qkv_attention",
         arch_of(x.device),
@@ -179,25 +179,17 @@ def qkv_attention(
         rows=at_most(rows),
     )
     out = torch.empty((batch, height, width, channels), dtype=qkv_weight.dtype, device=x.device)
-    windows_h, windows_w = cdiv(height, window_size[0]), cdiv(width, window_size[1])
+    (windows_h, windows_w), constants = grid_and_constants(x, heads, channels // heads, window_size, shift_size)
     launch(
         _qkv_attention_kernel,
         batch * windows_h * windows_w * heads,
         *(x, qkv_weight, qkv_bias, logit_scale, table, out, height, width, windows_h, windows_w),
-        HEADS=heads,
-        HEAD_DIM=channels // heads,
-        WINDOW_H=window_size[0],
-        WINDOW_W=window_size[1],
-        SHIFT_H=shift_size[0],
-        SHIFT_W=shift_size[1],
-        PADDED=bool(height % window_size[0] or width % window_size[1]),
         SLOTS=size,
         QUERIES=queries,
         KEYS=keys,
         ARRANGED=arranged,
-        BLOCK_D=max(16, power_of_two(channels // heads)),
         PRECISION=precision(qkv_weight.dtype),
         config=chosen,
-        **chosen.blocks,
+        **constants | chosen.blocks,
     )
     return out

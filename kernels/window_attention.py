@@ -19,7 +19,15 @@ from torch import Tensor
 from .configs import Config, cdiv, config, power_of_two
 from .launch import arch_of, check, check_rows, check_weight, launch, operator, precision_name, precision_of_few
 from .tiles import begin, dot
-from .windows import check_table, images_at_once, reciprocal_length, softmax_scale, window_tokens, window_type
+from .windows import (
+    check_table,
+    grid_and_constants,
+    images_at_once,
+    reciprocal_length,
+    softmax_scale,
+    window_tokens,
+    window_type,
+)
 
 LARGEST_HEAD_DIM = 64
 LARGEST_WINDOW = 576  # tokens
@@ -248,30 +256,20 @@ def window_attention(
     chosen, (queries, keys), tail = attention_config(
         arch_of(qkv.device), precision_name(qkv.dtype), tuple(window_size), head_dim
     )
-    types = 4 if any(shift_size) else 1
-    table_dtype = torch.float32 if qkv.dtype == torch.float32 else torch.float16
-    check_table(table, (types, heads, queries, keys), table_dtype, qkv.device)
+    check_table(table, heads, (queries, keys), shift_size, qkv.dtype, qkv.device)
     out = torch.empty((batch, height, width, channels), dtype=qkv.dtype, device=qkv.device)
-    windows_h, windows_w = cdiv(height, window_size[0]), cdiv(width, window_size[1])
+    (windows_h, windows_w), constants = grid_and_constants(qkv, heads, head_dim, window_size, shift_size)
     programs = windows_h * windows_w * heads * (queries // chosen.blocks["BLOCK_M"])
     images = images_at_once(chosen.blocks.get("IMAGES", 1), batch, programs)
     launch(
         _window_attention_kernel,
         cdiv(batch, images) * programs,
         *(qkv, qkv_bias, logit_scale, table, out, height, width, windows_h, windows_w, batch),
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        WINDOW_H=window_size[0],
-        WINDOW_W=window_size[1],
-        SHIFT_H=shift_size[0],
-        SHIFT_W=shift_size[1],
-        PADDED=bool(height % window_size[0] or width % window_size[1]),
         QUERIES=queries,
         KEYS=keys,
-        BLOCK_D=max(16, power_of_two(head_dim)),
         PRECISION=precision_of_few(qkv.dtype, qkv.device),
         TAIL=tail,
         config=chosen,
-        **chosen.blocks | {"IMAGES": images},
+        **constants | chosen.blocks | {"IMAGES": images},
     )
     return out

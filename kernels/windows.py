@@ -3,12 +3,14 @@
 A window of at most LARGEST_TILE tokens is one tile: it has as many slots as the next power of two.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import power_of_two
+from .configs import cdiv, power_of_two
 from .tiles import dot, hash_now, quotient
 
 LARGEST_TILE = 64  # tokens
@@ -103,7 +105,12 @@ def arranged(table: Tensor) -> Tensor:
     types, heads, size, _ = table.shape
     parts = size // 16
     table = table.view(types, heads, parts, 2, 8, parts, 2, 4, 2)  # rows: 16, half, 8; columns: 16, half, 4, pair
-    return table.permute(0, 1, 5, 2, 4, 7, 6, 3, 8).reshape(types, heads, parts, 2 * size, 8)
+    return table.permute(0, 1, 5, 2, 4, 7, 6, 3, 8).reshape(types, heads, *in_threads(size))
+
+
+def in_threads(size: int) -> tuple[int, int, int]:
+    """What a head has of an arranged() table of so many slots."""
+    return size // 16, 2 * size, 8
 
 
 def slots(window_size: tuple[int, int]) -> int:
@@ -129,14 +136,40 @@ def images_at_once(largest: int, batch: int, programs: int) -> int:
     return images
 
 
+def grid_and_constants(
+    x: Tensor, heads: int, head_dim: int, window_size: list[int], shift_size: list[int]
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Rows and columns of windows in a map x [B, H, W, …], and what kernels are compiled for of windows and heads."""
+    height, width = x.shape[1:3]
+    return (cdiv(height, window_size[0]), cdiv(width, window_size[1])), {
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "WINDOW_H": window_size[0],
+        "WINDOW_W": window_size[1],
+        "SHIFT_H": shift_size[0],
+        "SHIFT_W": shift_size[1],
+        "PADDED": bool(height % window_size[0] or width % window_size[1]),
+        "BLOCK_D": max(16, power_of_two(head_dim)),
+    }
+
+
 def check_table(
-    table: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, source: str = "cpb_bias"
+    table: Tensor, heads: int, layout: tuple[int, ...], shift_size: list[int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Refuse a bias table that its source did not make for this use."""
-    fits = tuple(table.shape) == shape and table.dtype == dtype and table.device == device and table.is_contiguous()
-    if not fits:
+    """Refuse a table of biases that was not made for this use.
+
+    Args:
+        layout: What a head has of it: (queries, keys), or in_threads of an arranged() one.
+        dtype: Of the products.
+    """
+    shape = (4 if any(shift_size) else 1, heads, *layout)
+    table_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+    if not (
+        tuple(table.shape) == shape and table.dtype == table_dtype and table.device == device and table.is_contiguous()
+    ):
+        source = "cpb_bias" if len(layout) == 2 else "arranged(cpb_bias)"
         raise ValueError(
-            f"table must be what {source} gives: contiguous {list(shape)} of {dtype} on {device}, "
+            f"table must be what {source} gives: contiguous {list(shape)} of {table_dtype} on {device}, "
             f"got {list(table.shape)} of {table.dtype} on {table.device}"
         )
 
