@@ -37,6 +37,16 @@ LOG2_E = math.log2(math.e)
 # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds. That is twice the error, and as all errors have one
 # sign, sums don't average them out: up to 2.9 times plain PyTorch's were measured.
 FACTORS = dict.fromkeys(DTYPES, FACTOR) | ({torch.bfloat16: 2 * FACTOR} if launch.INTERPRETED else {})
+WINDOWS_IN_A_TILE = {  # batch, size of the map, window, shift, heads, channels of a head
+    "tiny": (1, (14, 14), (7, 7), (3, 3), 3, 32),
+    "no shift": (2, (8, 8), (8, 8), (0, 0), 2, 64),
+    "rows shifted": (1, (12, 5), (4, 5), (2, 0), 2, 16),
+    "columns shifted": (1, (4, 9), (4, 3), (0, 1), 3, 8),
+    "padded": (2, (6, 9), (4, 5), (2, 2), 2, 44),
+    "padded, no shift": (1, (5, 9), (4, 4), (0, 0), 2, 16),
+    "one token": (1, (3, 2), (1, 1), (0, 0), 1, 8),
+    "map smaller than the shift": (1, (2, 9), (7, 4), (5, 2), 2, 8),
+}
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 # odd shapes can be a few numbers, of which plain PyTorch gets those in bfloat16 right by luck
@@ -69,6 +79,27 @@ class Draw:
         weight = self(channels, mean=1, std=0.2)
         return {"extra_weight": weight, "extra_bias": self(channels), "extra_eps": EXTRA_EPS}
 
+    def attention(
+        self,
+        batch: int,
+        size: tuple[int, int],
+        window: tuple[int, int],
+        shift: tuple[int, int],
+        heads: int,
+        head_dim: int,
+        padded_size: Iterable[int],
+    ) -> Arguments:
+        """Tokens, the qkv projection, and what cosine attention in windows takes, the table as cpb_bias gives it."""
+        channels = heads * head_dim
+        scale = self(heads, mean=math.log(10), std=0.5)
+        scale[1:2] = 8  # far above the clamp
+        return {
+            "x": self(batch, *size, channels),
+            **self.linear(channels, 3 * channels, "qkv_"),
+            "logit_scale": scale,
+            "table": table_of(self.position_bias(window, shift, heads), shift, padded_size, self.dtype),
+        }
+
     def position_bias(self, window: tuple[int, int], shift: tuple[int, int], heads: int) -> Tensor:
         """A bias [4, heads, N, N] with the mask, in float64. Unlike cpb_bias's no two entries are the same."""
         types, tokens = 4 if any(shift) else 1, math.prod(window)
@@ -85,6 +116,14 @@ def table_of(bias: Tensor, shift: tuple[int, int], padded_size: Iterable[int], d
     table[..., tokens:] = -math.inf
     table[:, :, :tokens, :tokens] = bias[:types] * LOG2_E
     return table.to(torch.float32 if dtype == torch.float32 else torch.float16)
+
+
+def extreme_tokens(args: Arguments) -> Arguments:
+    """Arguments of attention with q and k of no length, of padded tokens and zero rows, and with large sums."""
+    args["qkv_bias"].zero_()
+    args["x"][:, 0] = 0
+    args["x"][:, 1] = 6e4 * args["x"][:, 1].sign() * 2e-2  # larger sums overflow plain float16
+    return args
 
 
 def in_rows(table: Tensor) -> Tensor:

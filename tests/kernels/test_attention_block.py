@@ -1,6 +1,5 @@
 """attention_block: x + LN(proj(window_attention(qkv(x))))."""
 
-import math
 from unittest import mock
 
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 from kernel_helpers import (
     DEVICE,
     DTYPES,
+    WINDOWS_IN_A_TILE,
     Draw,
     assert_empty_batch,
     assert_fails,
@@ -24,41 +24,27 @@ from kernel_helpers import (
     check,
     check_mixed,
     each_dtype,
+    extreme_tokens,
     few_examples,
     in_rows,
     mutant,
     odd_dtypes,
     run,
-    table_of,
 )
 from swinfast.kernels import attention_block as module
 from swinfast.kernels import tiles, windows
 from swinfast.reference import ops
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN in the interpreter
-CASES = {  # batch, size of the map, window, shift, heads, channels of a head
-    "tiny": (1, (14, 14), (7, 7), (3, 3), 3, 32),
-    "no shift": (2, (8, 8), (8, 8), (0, 0), 2, 64),
-    "rows shifted": (1, (12, 5), (4, 5), (2, 0), 2, 16),
-    "columns shifted": (1, (4, 9), (4, 3), (0, 1), 3, 8),
-    "padded": (2, (6, 9), (4, 5), (2, 2), 2, 44),
-    "padded, no shift": (1, (5, 9), (4, 4), (0, 0), 2, 16),
-    "one token": (1, (3, 2), (1, 1), (0, 0), 1, 8),
-    "map smaller than the shift": (1, (2, 9), (7, 4), (5, 2), 2, 8),
-}
+CASES = WINDOWS_IN_A_TILE
 
 
 def arguments(batch, size, window, shift, heads, head_dim, dtype=torch.float32):
     draw, channels = Draw(dtype), heads * head_dim
-    scale = draw(heads, mean=math.log(10), std=0.5)
-    scale[1:2] = 8  # far above the clamp
+    args = draw.attention(batch, size, window, shift, heads, head_dim, [windows.slots(window)] * 2)
     return {
-        "x": draw(batch, *size, channels),
-        **draw.linear(channels, 3 * channels, "qkv_"),
-        "logit_scale": scale,
-        "table": windows.arranged(
-            table_of(draw.position_bias(window, shift, heads), shift, [windows.slots(window)] * 2, dtype)
-        ),
+        **args,
+        "table": windows.arranged(args["table"]),
         **draw.linear(channels, channels, "proj_"),
         **draw.norm(channels),
         "window_size": list(window),
@@ -135,17 +121,9 @@ def test_stream_in_float32(dtype):
     check_mixed(module.attention_block, reference, args | {"table": args["table"].half()}, dtype)
 
 
-def extremes(dtype):
-    args = arguments(*CASES["padded"], dtype)
-    args["qkv_bias"].zero_()  # padded tokens and zero rows: q and k of no length
-    args["x"][:, 0] = 0
-    args["x"][:, 1] = 6e4 * args["x"][:, 1].sign() * 2e-2  # larger sums overflow plain float16
-    return args
-
-
 @each_dtype
 def test_extremes(dtype):
-    check(module.attention_block, reference, extremes(dtype), dtype)
+    check(module.attention_block, reference, extreme_tokens(arguments(*CASES["padded"], dtype)), dtype)
 
 
 def test_runs_and_images_are_independent():
@@ -238,4 +216,4 @@ def test_mutants_of_several_images_fail(name, tmp_path):
 
 def test_mutant_without_a_smallest_length_fails(tmp_path):
     wrong = mutant(tmp_path, module, windows, "SMALLEST_LENGTH * SMALLEST_LENGTH", "0.0")
-    assert_fails(wrong.attention_block, reference, extremes(torch.float32))
+    assert_fails(wrong.attention_block, reference, extreme_tokens(arguments(*CASES["padded"])))

@@ -1,7 +1,5 @@
 """qkv_attention: window_attention(x W^T + b)."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +7,7 @@ from hypothesis import strategies as st
 from kernel_helpers import (
     DEVICE,
     DTYPES,
+    WINDOWS_IN_A_TILE,
     Draw,
     assert_empty_batch,
     assert_fails,
@@ -22,12 +21,12 @@ from kernel_helpers import (
     check,
     check_mixed,
     each_dtype,
+    extreme_tokens,
     few_examples,
     in_rows,
     mutant,
     odd_dtypes,
     run,
-    table_of,
 )
 from swinfast.kernels import qkv_attention as module
 from swinfast.kernels import tiles, windows
@@ -37,31 +36,17 @@ from swinfast.kernels.windows import arranged, slots
 from swinfast.reference import ops
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN in the interpreter
-CASES = {  # batch, size of the map, window, shift, heads, channels of a head
-    "tiny": (2, (14, 14), (7, 7), (3, 3), 3, 32),
-    "no shift": (2, (8, 8), (8, 8), (0, 0), 2, 64),
-    "rows shifted": (1, (12, 5), (4, 5), (2, 0), 2, 16),
-    "columns shifted": (1, (4, 9), (4, 3), (0, 1), 3, 8),
-    "padded": (2, (6, 9), (4, 5), (2, 2), 2, 44),
-    "padded, no shift": (1, (5, 9), (4, 4), (0, 0), 2, 16),
-    "one token": (1, (3, 2), (1, 1), (0, 0), 1, 8),
-    "map smaller than the shift": (1, (2, 9), (7, 4), (5, 2), 2, 8),
-}
+CASES = WINDOWS_IN_A_TILE | {"tiny": (2, (14, 14), (7, 7), (3, 3), 3, 32)}
 LAYOUTS = ("arranged", "rows")
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def arguments(batch, size, window, shift, heads, head_dim, dtype=torch.float32, layout="rows"):
-    draw, channels = Draw(dtype), heads * head_dim
-    scale = draw(heads, mean=math.log(10), std=0.5)
-    scale[1:2] = 8  # far above the clamp
     padded = [slots(window)] * 2 if layout == "arranged" else padded_size(DEVICE, dtype, window, head_dim)
-    table = table_of(draw.position_bias(window, shift, heads), shift, padded, dtype)
+    args = Draw(dtype).attention(batch, size, window, shift, heads, head_dim, padded)
     return {
-        "x": draw(batch, *size, channels),
-        **draw.linear(channels, 3 * channels, "qkv_"),
-        "logit_scale": scale,
-        "table": arranged(table) if layout == "arranged" else table,
+        **args,
+        "table": arranged(args["table"]) if layout == "arranged" else args["table"],
         "window_size": list(window),
         "shift_size": list(shift),
     }
@@ -111,17 +96,9 @@ def test_stream_in_float32(dtype):
     check_mixed(module.qkv_attention, reference, args, dtype)
 
 
-def extremes(dtype):
-    args = arguments(*CASES["padded"], dtype)
-    args["qkv_bias"].zero_()  # padded tokens and zero rows: q and k of no length
-    args["x"][:, 0] = 0
-    args["x"][:, 1] = 6e4 * args["x"][:, 1].sign() * 2e-2  # larger sums overflow plain float16
-    return args
-
-
 @each_dtype
 def test_extremes(dtype):
-    check(module.qkv_attention, reference, extremes(dtype), dtype)
+    check(module.qkv_attention, reference, extreme_tokens(arguments(*CASES["padded"], dtype)), dtype)
 
 
 @each_layout
@@ -218,4 +195,4 @@ def test_mutants_of_a_layout_fail(layout, name, tmp_path):
 
 def test_mutant_without_a_smallest_length_fails(tmp_path):
     wrong = mutant(tmp_path, module, windows, "SMALLEST_LENGTH * SMALLEST_LENGTH", "0.0")
-    assert_fails(wrong.qkv_attention, reference, extremes(torch.float32))
+    assert_fails(wrong.qkv_attention, reference, extreme_tokens(arguments(*CASES["padded"])))
