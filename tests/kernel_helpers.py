@@ -44,6 +44,8 @@ WINDOWS_IN_A_TILE = {  # batch, size of the map, window, shift, heads, channels 
     "columns shifted": (1, (4, 9), (4, 3), (0, 1), 3, 8),
     "padded": (2, (6, 9), (4, 5), (2, 2), 2, 44),
     "padded, no shift": (1, (5, 9), (4, 4), (0, 0), 2, 16),
+    "padded rows": (1, (6, 10), (4, 5), (0, 2), 2, 16),
+    "padded columns": (1, (8, 9), (4, 5), (2, 0), 2, 16),
     "one token": (1, (3, 2), (1, 1), (0, 0), 1, 8),
     "map smaller than the shift": (1, (2, 9), (7, 4), (5, 2), 2, 8),
 }
