@@ -16,7 +16,7 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "linear_norm_residual": {
         "BLOCK_M": (16, 32, 64, 128), "BLOCK_K": (16, 32, 64, 128), "num_warps": (4, 8, 16), "num_stages": (2, 3, 4),
     },
-    "norm_residual": {"BLOCK_M": (1, 2, 4, 8, 16, 32), "num_warps": (1, 2, 4, 8), "num_stages": (1,)},
+    "norm_residual": {"BLOCK_M": (1, 2, 4, 8, 16, 32), "num_warps": (1, 2, 4, 8, 16), "num_stages": (1,)},
     "mlp_block": {
         "BLOCK_M": (16, 32, 64, 128), "BLOCK_HIDDEN": (16, 32, 64, 128), "AHEAD": (0, 1, 2), "num_warps": (4, 8, 16),
         "num_stages": (1, 2, 3),
@@ -30,12 +30,25 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_stages": (1, 2, 3),
     },
     "attention_block": {"IMAGES": (1, 4, 16), "num_warps": (4, 8, 16), "num_stages": (1, 2, 3)},
+    "attention_parts": {
+        "BLOCK_K": (16, 32, 64, 128, 256), "BLOCK_N": (32, 64, 128, 256), "num_warps": (4, 8),
+        "num_stages": (1, 2, 3, 4),
+    },
+    "mlp_parts": {
+        "BLOCK_M": (16, 32, 64, 128), "BLOCK_HIDDEN": (32, 64, 128), "BLOCK_K": (32, 64, 128), "BLOCK_N": (32, 64, 128),
+        "num_warps": (4, 8), "num_stages": (2, 3, 4),
+    },
     "qkv_attention": {"BLOCK_K": (16, 32, 64, 128, 256), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)},
 }  # fmt: skip
 LAUNCH = ("num_warps", "num_stages")
 REGISTERS = {4: (96, 128, 168), 8: (80, 128)}  # limits, by a program's warps: each makes room for one more program
 LIBRARY = Config({"use": "library"}, 4, 1, "a candidate")  # of linear
-IN_TILES = ("linear_norm_residual", "mlp_block", "attention_block")  # rows of channels: in three tiles or in one
+IN_TILES = (
+    "linear_norm_residual",
+    "norm_residual",
+    "mlp_block",
+    "attention_block",
+)  # rows of channels: in three tiles or in one
 FEW_REGISTERS = ("norm_residual", "merge_norm")
 DESCRIBES = ("sm_90", "sm_100")  # architectures with an engine that copies what a descriptor describes
 OVERLAPS = DESCRIBES  # and that can start a kernel before the one before it is done
@@ -49,7 +62,7 @@ AROUND = {
     "merge_norm": Config({"BLOCK_M": 1}, 4, 1, ""),
 }
 WASTE = 1.34  # columns computed over columns wanted
-PER_THREAD = (4, 256)  # float32 sums that a thread keeps
+PER_THREAD = (4, 256)  # float32 sums that a thread keeps; of parts, of which it loads many for each, one is enough
 
 
 def candidates(
@@ -77,7 +90,7 @@ def candidates(
             candidate = Config(blocks | option, settings["num_warps"], settings["num_stages"], "a candidate")
             if candidate[:3] != present[:3] and plausible(kernel, sizes, precision, candidate, arch):
                 found.append(candidate)
-    center = AROUND.get(kernel, present) if few else present
+    center = AROUND.get(kernel, present) if few and not sizes.get("in_parts") else present
     if "use" in center.blocks:  # no distance from a library
         center = Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3, "")
     found += [one for one in _with_options(kernel, present, arch) if plausible(kernel, sizes, precision, one, arch)]
@@ -114,14 +127,21 @@ def plausible(kernel: str, sizes: dict[str, int], precision: str, candidate: Con
         return blocks["BLOCK_M"] * max(blocks["BLOCK_N"], sizes["block_d"]) <= PER_THREAD[1] * threads // 2
     if kernel == "attention_block":
         return True
-    if kernel == "qkv_attention":
-        return blocks["BLOCK_K"] <= triton.next_power_of_2(sizes["channels"])
-    width = blocks.get("BLOCK_N") or _width(candidate, sizes["channels"]) * (4 if kernel == "merge_norm" else 1)
+    if "channels" in sizes and max(blocks.get(name, 0) for name in ("BLOCK_K", "BLOCK_N")) > triton.next_power_of_2(
+        sizes["channels"]
+    ):
+        return False
+    if kernel in ("attention_parts", "qkv_attention"):
+        return True
+    width = max(blocks.get("BLOCK_N", 0), blocks.get("BLOCK_HIDDEN", 0) if kernel == "mlp_parts" else 0) or _width(
+        candidate, sizes["channels"]
+    ) * (4 if kernel == "merge_norm" else 1)
     if blocks["BLOCK_M"] > max(16, sizes.get("rows", MANY)):
         return False
     if "n" in sizes and -(-sizes["n"] // width) * width > WASTE * max(sizes["n"], 64):
         return False
-    if not PER_THREAD[0] <= blocks["BLOCK_M"] * width / threads <= PER_THREAD[1]:
+    fewest = 1 if sizes.get("in_parts") else PER_THREAD[0]
+    if not fewest <= blocks["BLOCK_M"] * width / threads <= PER_THREAD[1]:
         return False
     if kernel in FEW_REGISTERS:
         return True

@@ -33,7 +33,9 @@ MODELS = {  # for tests: whole windows, and windows, channels and heads that are
     "padded": SMALL | {"img_size": 36, "embed_dim": 24, "window_size": 7},
 }
 BATCHED = ("images", "x", "qkv", "residual")  # arguments whose first dimension is the batch
-IN_A_TILE = ("attention_block", "qkv_attention")  # forms for windows of at most LARGEST_TILE tokens
+IN_A_TILE = ("attention_block", "attention_parts", "qkv_attention")  # forms for windows of at most LARGEST_TILE tokens
+IN_PARTS = ("attention_parts", "mlp_parts")  # operations whose results are [..., parts, C], to be added up
+PARTS_AT_MOST = 8192  # rows for which they are worth trying; of 256 images they would be a gigabyte
 IMAGES_AT_ONCE = 16  # that a definition is computed for in float64
 LOG2_E = math.log2(math.e)
 FORMS = {  # the parts of a block that several kernels can compute, all in one kernel and in as many as there are
@@ -42,6 +44,12 @@ FORMS = {  # the parts of a block that several kernels can compute, all in one k
         "projection": "linear_norm_residual",
         "mlp_half": "mlp_block",
         "mlp_output": "linear_norm_residual",
+    },
+    "parts": {
+        "attention_half": "attention_parts",
+        "projection": "linear",
+        "mlp_half": "mlp_parts",
+        "mlp_output": "linear",
     },
     "heads": {
         "attention_half": "qkv_attention",
@@ -132,7 +140,9 @@ def choose_forms(forms: dict[str, str], channels: int | None = None) -> Choose:
             return None
         if use in IN_A_TILE and shape["tokens"] > LARGEST_TILE:
             return None
-        if use == BOTH_LAYOUTS and shape["rows"] >= MANY:  # how the table is laid out stays as the tables have it
+        if use in IN_PARTS and shape["rows"] > PARTS_AT_MOST:
+            return None
+        if use in BOTH_LAYOUTS and shape["rows"] >= MANY:  # how the table is laid out stays as the tables have it
             return None
         return Config({"use": use}, 4, 1, "chosen for this run")
 
@@ -308,6 +318,7 @@ class Oracle:
 
     def __init__(self, case: Case, inputs: Arguments):
         self.dtype = PRECISIONS[case.precision]
+        self.in_parts = case.operation in IN_PARTS
         self.exact, plain = [], []
         with torch.no_grad():
             for part in _parts(inputs):
@@ -322,9 +333,12 @@ class Oracle:
         Raises:
             Wrong: It is not as right as plain PyTorch.
         """
-        shape = (sum(map(len, self.exact)), *self.exact[0].shape[1:])
-        if tuple(got.shape) != shape or got.dtype != self.dtype:
-            raise Wrong(f"gave {got.dtype} {list(got.shape)}, expected {self.dtype} {list(shape)}")
+        dtype, shape = self.dtype, (sum(map(len, self.exact)), *self.exact[0].shape[1:])
+        if self.in_parts:
+            dtype, shape = torch.float32, (*shape[:-1], got.shape[-2], shape[-1])
+        if tuple(got.shape) != shape or got.dtype != dtype:
+            raise Wrong(f"gave {got.dtype} {list(got.shape)}, expected {dtype} {list(shape)}")
+        got = got.sum(-2) if self.in_parts else got
         errors = self._errors(got.split([len(part) for part in self.exact]))
         # the interpreter cuts float32 to bfloat16 where a GPU rounds: twice the error
         factor = 2 * FACTOR if INTERPRETED and self.dtype == torch.bfloat16 else FACTOR

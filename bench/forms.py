@@ -7,17 +7,16 @@ import torch
 from swinfast.kernels.configs import MANY, at_most
 from swinfast.kernels.launch import record
 from swinfast.kernels.shapes import PRECISIONS
-from swinfast.kernels.stages import BOTH_LAYOUTS, forms_of
+from swinfast.kernels.stages import AFTER, BOTH_LAYOUTS, forms_of
 from swinfast.kernels.windows import LARGEST_TILE
 from torch import nn
 
 from bench.candidates import FEW, SIXTEEN_BITS
-from bench.cases import FORMS, IN_A_TILE, cases_of, choose_forms, model_named, tf32_setting
+from bench.cases import FORMS, IN_A_TILE, IN_PARTS, PARTS_AT_MOST, cases_of, choose_forms, model_named, tf32_setting
 from bench.config_tables import Row
 
 GAIN = 0.02  # that a measured choice must win by
 HALVES = (("attention_half", "projection"), ("mlp_half", "mlp_output"))  # which form each is of, and what comes last
-WHOLE = ("attention_block", "mlp_block")  # forms after which nothing comes
 
 Option = tuple[str, str]
 
@@ -78,9 +77,11 @@ def options_of(kind: Kind, parts: Option) -> list[Option]:
     for form in dict.fromkeys(forms[half] for forms in FORMS.values()):
         if form in IN_A_TILE and kind.tokens > LARGEST_TILE:
             continue
-        if half == "attention_half" and kind.few and form not in (kind.many, BOTH_LAYOUTS):
+        if form in IN_PARTS and not (kind.few and kind.rows <= PARTS_AT_MOST):
             continue
-        ends = [kind.present[last]] if form in WHOLE else dict.fromkeys(forms[last] for forms in FORMS.values())
+        if half == "attention_half" and kind.few and form not in (kind.many, *BOTH_LAYOUTS):
+            continue
+        ends = [kind.present[last]] if form in AFTER else dict.fromkeys(forms[last] for forms in FORMS.values())
         found += [(form, end) for end in ends]
     return list(dict.fromkeys(found))
 

@@ -59,8 +59,8 @@ from swinfast.predict import resolve_device
 
 RESULTS = Path(__file__).parent / "results"
 KERNELS = (
-    "attention_block", "linear", "linear_norm_residual", "merge_norm", "mlp_block", "norm_residual", "patch_embed",
-    "qkv_attention", "window_attention",
+    "attention_block", "attention_parts", "linear", "linear_norm_residual", "merge_norm", "mlp_block", "mlp_parts",
+    "norm_residual", "patch_embed", "qkv_attention", "window_attention",
 )  # fmt: skip
 COLUMNS = (
     "model", "batch", "kernel", "shape", "launches", "dtype", "device", "time_us", "tb_per_s", "tflop_per_s",

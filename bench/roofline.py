@@ -26,6 +26,12 @@ from bench.gpus import GPUS, Gpu
 from bench.peers import import_timm
 from bench.sass import arguments, issued_instructions
 
+ATTENTION = {  # kernels, and how many products of C to C channels they contain
+    "window_attention": 0,
+    "qkv_attention": 3,
+    "attention_parts": 4,
+    "attention_block": 4,
+}
 PERSISTENT = "linear.persistent_linear"  # waits in loops, and skips: its instructions can't be counted from outside
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -87,17 +93,16 @@ def flops_of(launch: Launch, kernel: str) -> float:
     size = arguments(launch)
     if kernel in ("norm_residual", "merge_norm"):
         return 0.0
-    if kernel == "mlp_block":
+    if kernel in ("mlp_block", "mlp_parts"):
         return 4.0 * size["rows"] * size["C"] * size["HIDDEN"]
-    if kernel not in ("attention_block", "qkv_attention", "window_attention"):
+    if kernel not in ATTENTION:
         return 2.0 * size["rows"] * size.get("N", size.get("C")) * size["K"]
     tokens, channels = size["WINDOW_H"] * size["WINDOW_W"], size["HEADS"] * size["HEAD_DIM"]
-    if kernel == "qkv_attention":  # a program a window and head
+    if kernel in ("attention_parts", "qkv_attention"):  # a program a window and head
         windows = launch.programs // size["HEADS"]
     else:
         windows = size["images"] * size["windows_h"] * size["windows_w"]
-    layers = {"window_attention": 0, "qkv_attention": 3, "attention_block": 4}[kernel]  # of C to C channels
-    return windows * (2.0 * layers * tokens * channels * channels + 4.0 * tokens * tokens * channels)
+    return windows * (2.0 * ATTENTION[kernel] * tokens * channels * channels + 4.0 * tokens * tokens * channels)
 
 
 def bytes_of(launch: Launch) -> float:

@@ -40,8 +40,9 @@ def trips(job: Job) -> list[int]:
         return [blocks - 1] * (blocks > 2) + [size["IMAGES"]] * (size["IMAGES"] > 1)
     if job.kernel == "mlp_block":
         return [-(-size["HIDDEN"] // size["BLOCK_HIDDEN"]) - size.get("AHEAD", 0)]  # those ahead are outside the loop
-    if job.kernel == "qkv_attention":
-        return [-(-size["HEADS"] * size["HEAD_DIM"] // size["BLOCK_K"])]
+    if job.kernel in ("attention_parts", "mlp_parts", "qkv_attention"):
+        channels = size["C"] if "C" in size else size["HEADS"] * size["HEAD_DIM"]
+        return [-(-channels // size[block]) for block in ("BLOCK_K", "BLOCK_N") if block in size]
     return [-(-size["K"] // size["BLOCK_K"])] if "BLOCK_K" in size else []
 
 

@@ -1,6 +1,6 @@
 """norm_residual: y = r + LN(x), then a second LayerNorm on the sum where a block has one.
 
-    x, r and y [rows, C], any C up to 4096; norms in float32.
+    x, r and y [rows, C], any C up to 4096; norms in float32. x can come in parts, [rows, PARTS, C], which are added up.
 
 Definition: reference.ops.norm_residual.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import at_most, cdiv, columns, config
+from .configs import at_most, cdiv, config, row_tiles
 from .launch import (
     arch_of,
     check,
@@ -22,14 +22,14 @@ from .launch import (
     operator,
     precision_name,
 )
-from .tiles import add_rows, begin, layer_norm, load_rows, store_rows
+from .tiles import add_rows, begin, layer_norm, load_rows, store_rows, zeros
 
 LARGEST_CHANNELS = 4096
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_residual_kernel(
-    x,  # [rows, C]
+    x,  # [rows, PARTS, C]
     norm_weight,  # [C]
     norm_bias,  # [C]
     residual,  # [rows, C]
@@ -42,6 +42,7 @@ def _norm_residual_kernel(
     C: tl.constexpr,
     TILE: tl.constexpr,
     COUNT: tl.constexpr,
+    PARTS: tl.constexpr,
     EXTRA_NORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     OVERLAPPED: tl.constexpr = False,
@@ -50,10 +51,9 @@ def _norm_residual_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     offset = row.to(tl.int64) * C
-    loaded = load_rows(x + offset, inside, C, TILE, COUNT)
-    acc = ()
-    for i in tl.static_range(COUNT):
-        acc = acc + (loaded[i].to(tl.float32),)
+    acc = zeros(BLOCK_M, TILE, COUNT)
+    for part in tl.static_range(PARTS):
+        acc = add_rows(acc, load_rows(x + (offset * PARTS + part * C), inside, C, TILE, COUNT), COUNT)
     acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
     acc = add_rows(acc, load_rows(residual + offset, inside, C, TILE, COUNT), COUNT)
     if EXTRA_NORM:
@@ -75,7 +75,8 @@ def norm_residual(
     """residual + LN(x), then a second LayerNorm on the sum where extra_weight is given.
 
     Args:
-        x: [..., C], float16, bfloat16 or float32, contiguous, C at most 4096.
+        x: [..., C], float16, bfloat16 or float32, contiguous, C at most 4096. Or [..., parts, C], in float32 or of the
+            dtype of residual: then x is the sum of the parts.
         residual: [..., C], of the dtype of x, or float32; the norms' vectors are of its dtype.
         norm_weight, norm_bias, eps: LayerNorm over C.
         extra_weight, extra_bias, extra_eps: Of the second LayerNorm.
@@ -89,16 +90,28 @@ def norm_residual(
     channels = x.shape[-1]
     if channels > LARGEST_CHANNELS:
         raise ValueError(f"x must have at most {LARGEST_CHANNELS} channels, got {channels}")
+    in_parts = x.dim() == residual.dim() + 1
     check("x", x, tuple(x.shape))
-    check("residual", residual, tuple(x.shape))
-    check_weight("x", x, tuple(x.shape), residual)
+    if in_parts:
+        parts = x.shape[-2]
+        check_weight("residual", residual, (*x.shape[:-2], channels), x)
+    else:
+        parts = 1
+        check("residual", residual, tuple(x.shape))
+        check_weight("x", x, tuple(x.shape), residual)
     check_vectors(channels, residual, norm_weight=norm_weight, norm_bias=norm_bias)
     has_extra = check_extra_norm(channels, residual, extra_weight, extra_bias)
-    rows = x.numel() // channels
+    rows = residual.numel() // channels
     check_rows("x", rows)
     out = torch.empty_like(residual)
-    chosen = config("norm_residual", arch_of(x.device), precision_name(x.dtype), channels=channels, rows=at_most(rows))
-    tile, count = columns(channels)
+    chosen = config(
+        "norm_residual",
+        arch_of(x.device),
+        precision_name(residual.dtype if in_parts else x.dtype),
+        channels=channels,
+        in_parts=int(in_parts),
+        rows=at_most(rows),
+    )
     launch(
         _norm_residual_kernel,
         cdiv(rows, chosen.blocks["BLOCK_M"]),
@@ -106,10 +119,9 @@ def norm_residual(
         *((extra_weight, extra_bias) if has_extra else (norm_weight, norm_bias)),
         *(out, rows, eps, extra_eps),
         C=channels,
-        TILE=tile,
-        COUNT=count,
+        PARTS=parts,
         EXTRA_NORM=has_extra,
         config=chosen,
-        **chosen.blocks,
+        **chosen.blocks | row_tiles(chosen, channels),
     )
     return out

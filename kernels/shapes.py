@@ -14,7 +14,7 @@ VARIANTS = {"tiny": 96, "small": 96, "base": 128, "large": 192}  # channels of t
 IMAGE_SIZES = (224, 256, 384)
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 HEAD_DIM = 32
-BATCHES = (2, 512)  # few rows and many: tables choose by their number
+BATCHES = (1, 2, 512)  # one image, few and many: tables choose by the number of rows
 BIAS_MLP_HIDDEN = 384
 PADDED_VARIANT = "tiny"  # maps that are no whole number of windows: images of other sizes
 

@@ -1,11 +1,12 @@
 """A stage composed of the operations: which of them make up each half of a block is a choice of the tables (configs).
 
-    attention_half: "attention_block"; or before the projection "qkv_attention", or "linear" and "window_attention"
-    mlp_half:       "mlp_block", or "linear" for fc1 with GELU and fc2 after it
+    attention_half: "attention_block"; or "attention_parts" with norm_residual after it; or before the projection
+                    "qkv_attention", or "linear" and "window_attention"
+    mlp_half:       "mlp_block"; or "mlp_parts" with norm_residual after it; or "linear" for fc1 with GELU, and fc2
     projection, mlp_output: "linear_norm_residual", or "linear" with norm_residual after it
 
 All depend on the number of rows. But the first also decides how the table of position biases is laid out, as it says
-for many rows; for few it may differ from that only by "qkv_attention", which takes both layouts.
+for many rows; for few it may differ from that only by those that take both layouts.
 
 Weights come as named tuples in one dtype; where they are from is the caller's business.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .attention_block import attention_block
+from .attention_parts import attention_parts
 from .configs import MANY, at_most, config
 from .cpb_bias import cpb_bias
 from .launch import arch_of, precision_name
@@ -24,12 +26,19 @@ from .linear import linear
 from .linear_norm_residual import linear_norm_residual
 from .merge_norm import merge_norm
 from .mlp_block import mlp_block
+from .mlp_parts import mlp_parts
 from .norm_residual import norm_residual
 from .qkv_attention import qkv_attention
 from .window_attention import padded_size, window_attention
 from .windows import arranged, slots
 
-BOTH_LAYOUTS = "qkv_attention"  # which tables of position biases it takes
+BOTH_LAYOUTS = ("attention_parts", "qkv_attention")  # which tables of position biases they take
+AFTER = {  # what comes after an operation that needs no choice of projection or mlp_output
+    "attention_block": [],
+    "attention_parts": ["norm_residual"],
+    "mlp_block": [],
+    "mlp_parts": ["norm_residual"],
+}
 Size = tuple[int, int]
 
 
@@ -62,9 +71,9 @@ class Forms(NamedTuple):
     def operations(self) -> list[str]:
         """The names of all operations, in order."""
         half = ["linear", "window_attention"] if self.attention_half == "window_attention" else [self.attention_half]
-        if self.attention_half != "attention_block":
-            half += _operations(self.projection)
-        rest = ["mlp_block"] if self.mlp_half == "mlp_block" else ["linear", *_operations(self.mlp_output)]
+        rest = [self.mlp_half]
+        for operations, end in ((half, self.projection), (rest, self.mlp_output)):
+            operations += AFTER[operations[-1]] if operations[-1] in AFTER else _operations(end)
         return half + rest
 
 
@@ -98,7 +107,7 @@ def forms_of(channels: int, window_size: Size, dtype: torch.dtype, device: torch
         return config(part, arch, precision, channels=channels, tokens=tokens, rows=rows).blocks["use"]
 
     forms = Forms(*map(use, Forms._fields))
-    return forms if forms.attention_half == BOTH_LAYOUTS else forms._replace(attention_half=use("attention_half", MANY))
+    return forms if forms.attention_half in BOTH_LAYOUTS else forms._replace(attention_half=use("attention_half", MANY))
 
 
 def bias_table(
@@ -147,6 +156,9 @@ def _attention_half(block: Block, forms: Forms, x: Tensor) -> Tensor:
         return attention_block(
             x, *block.qkv, block.logit_scale, block.table, *block.proj, *block.norm1, window, shift
         )  # fmt: skip
+    if forms.attention_half == "attention_parts":
+        parts = attention_parts(x, *block.qkv, block.logit_scale, block.table, *block.proj, window, shift)
+        return norm_residual(parts, *block.norm1, x)
     if forms.attention_half == "qkv_attention":
         y = qkv_attention(x, *block.qkv, block.logit_scale, block.table, window, shift)
     else:
@@ -158,6 +170,8 @@ def _attention_half(block: Block, forms: Forms, x: Tensor) -> Tensor:
 def _mlp_half(block: Block, forms: Forms, x: Tensor) -> Tensor:
     if forms.mlp_half == "mlp_block":
         return mlp_block(x, *block.fc1, *block.fc2, *block.norm2, *(block.norm3 or ()))
+    if forms.mlp_half == "mlp_parts":
+        return norm_residual(mlp_parts(x, *block.fc1, *block.fc2), *block.norm2, x, *(block.norm3 or ()))
     y = linear(x, *block.fc1, gelu=True)
     return _linear_norm_residual(forms.mlp_output, y, block.fc2, block.norm2, x, block.norm3)
 

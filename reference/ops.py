@@ -172,6 +172,22 @@ def qkv_attention(
     return window_attention(qkv, qkv_bias, logit_scale, bias, window_size, shift_size)
 
 
+def attention_parts(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    logit_scale: Tensor,
+    bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """proj(qkv_attention(x)), x [B, H, W, C] to the same: what the kernel's parts add up to."""
+    attended = qkv_attention(x, qkv_weight, qkv_bias, logit_scale, bias, window_size, shift_size)
+    return linear(attended, proj_weight, proj_bias)
+
+
 def attention_block(
     x: Tensor,
     qkv_weight: Tensor,
@@ -185,8 +201,10 @@ def attention_block(
     shift_size: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """The attention half of a block, residual post-norm: x + LN(proj(window_attention(qkv(x)))), x [B, H, W, C]."""
-    attended = qkv_attention(x, qkv_weight, qkv_bias, logit_scale, bias, window_size, shift_size)
-    return linear_norm_residual(attended, proj_weight, proj_bias, norm, x)
+    projected = attention_parts(
+        x, qkv_weight, qkv_bias, logit_scale, bias, proj_weight, proj_bias, window_size, shift_size
+    )
+    return norm_residual(projected, norm, x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
@@ -201,7 +219,11 @@ def norm_residual(
     residual: Tensor,
     extra_norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """residual + LN(x), then a second LayerNorm on the sum where a block has one."""
+    """residual + LN(x), then a second LayerNorm on the sum where a block has one.
+
+    x is [..., C], or [..., parts, C] of which it is the sum.
+    """
+    x = x.sum(-2) if x.dim() > residual.dim() else x
     x = residual + _layer_norm(x, norm)
     return x if extra_norm is None else _layer_norm(x, extra_norm)
 
@@ -218,6 +240,11 @@ def linear_norm_residual(
     return norm_residual(linear(x, weight, bias), norm, residual, extra_norm)
 
 
+def mlp_parts(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
+    """fc2(GELU(fc1 x)): what the kernel's parts add up to."""
+    return linear(linear(x, fc1_weight, fc1_bias, gelu=True), fc2_weight, fc2_bias)
+
+
 def mlp_block(
     x: Tensor,
     fc1_weight: Tensor,
@@ -228,8 +255,7 @@ def mlp_block(
     extra_norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
     """The MLP half of a block: x + LN(fc2(GELU(fc1 x))), then a second LayerNorm on the sum where a block has one."""
-    hidden = linear(x, fc1_weight, fc1_bias, gelu=True)
-    return linear_norm_residual(hidden, fc2_weight, fc2_bias, norm, x, extra_norm)
+    return norm_residual(mlp_parts(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias), norm, x, extra_norm)
 
 
 def merge_norm(x: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:

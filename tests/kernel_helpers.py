@@ -3,6 +3,7 @@
 Arguments of an operation are a dict in the order of its parameters.
 """
 
+import functools
 import importlib.util
 import inspect
 import math
@@ -229,6 +230,16 @@ def blocks(**sizes: int) -> Iterator[None]:
         yield
 
 
+def added_up(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operation that gives parts [..., parts, C], as one that gives their sum."""
+
+    @functools.wraps(op)
+    def whole(*args, **kwargs) -> Tensor:
+        return op(*args, **kwargs).sum(-2)
+
+    return whole
+
+
 def assert_fails(op: Callable[..., Tensor], reference: Callable[..., Tensor], args: Arguments, dtype=torch.float32):
     with pytest.raises(AssertionError, match=r"error|NaN|bounds|shape"):
         check(op, reference, args, dtype)
@@ -332,13 +343,29 @@ def _load(folder: Path, module: ModuleType, source: str) -> ModuleType:
 
 
 def mutant(folder: Path, module: ModuleType, changed: ModuleType, *snippets: str) -> ModuleType:
-    """A copy of an operation's module, with snippets (old, new, …) replaced in its text or in a module it imports."""
+    """A copy of an operation's module, with snippets (old, new, …) replaced in its text or in a module it imports.
+
+    What stands between the two is copied too.
+    """
     source = Path(changed.__file__).read_text(encoding="utf-8")
     for old, new in zip(snippets[::2], snippets[1::2], strict=True):
         assert old in source, f"{changed.__name__} has no {old!r} any more"
         source = source.replace(old, new)
-    loaded = _load(folder, changed, source)
-    if changed is module:
-        return loaded
-    with mock.patch.dict(sys.modules, {changed.__name__: loaded}):
-        return _load(folder, module, Path(module.__file__).read_text(encoding="utf-8"))
+    copies = {changed: _load(folder, changed, source)}
+
+    def copy(one: ModuleType) -> ModuleType:
+        if one not in copies:
+            needed = [copy(other) for other in _imports(one)]
+            same = all(new is old for new, old in zip(needed, _imports(one), strict=True))
+            with mock.patch.dict(sys.modules, {old.__name__: new for old, new in copies.items()}):
+                copies[one] = one if same else _load(folder, one, Path(one.__file__).read_text(encoding="utf-8"))
+        return copies[one]
+
+    return copy(module)
+
+
+def _imports(module: ModuleType) -> list[ModuleType]:
+    """The modules of kernels that a module has something from."""
+    names = dict.fromkeys(getattr(getattr(value, "fn", value), "__module__", None) for value in vars(module).values())
+    own = "swinfast.kernels."
+    return [sys.modules[name] for name in names if name and name.startswith(own) and name != module.__name__]

@@ -38,7 +38,7 @@ class Driver:
 
 triton.runtime.driver.set_active(Driver())
 for case in cases_of(model_named("small"), 2, "float16", "sm_90"):
-    if case.operation == "linear" and case.launch.kernel:
+    if case.operation == "mlp_parts":
         launch, config = case.launch, case.launch.config
         assert not compile_ahead(job_of(launch, "sm_90", "float16")).error
         args = [torch.empty(16, dtype=a.dtype) if isinstance(a, torch.Tensor) else a for a in launch.args]
@@ -65,7 +65,7 @@ def test_precompile(tmp_path):
     """A cache for a GPU that is not here: the kernels of a forward, those of other forms, the tuner's candidates."""
     count, names, _ = precompiled(tmp_path)
     assert count == len(list(tmp_path.glob("*/*.cubin"))) > 5
-    assert "_qkv_attention_kernel" in names and "_mlp_block_kernel" not in names
+    assert "_attention_parts_kernel" in names and "_mlp_block_kernel" not in names
     more, names, _ = precompiled(tmp_path, "--forms", "tables", "fused", "--candidates", "1")
     assert more > count and "_mlp_block_kernel" in names
     assert more == len(list(tmp_path.glob("*/*.cubin")))  # what was there is found again

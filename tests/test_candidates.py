@@ -17,6 +17,7 @@ def test_candidates(kernel):
         "block_d": 32,
         "stream_bytes": 2,
         "gelu": 1,
+        "in_parts": 0,
         "rows": 1 << 20,
     }
     present = config(kernel, "sm_90", "float16", **sizes)
@@ -38,7 +39,13 @@ def test_candidates(kernel):
         ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 256}, "64x64x128 w4 s3 o"),
         ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 256}, "library w4 s1"),
         ("linear", {"k": 384, "n": 384, "gelu": 0, "rows": 256}, "32x64x128 w4 s3 o"),
-        ("norm_residual", {"channels": 384, "rows": 256}, "1 w2 s1 o"),
+        ("norm_residual", {"channels": 384, "in_parts": 0, "rows": 256}, "1 w2 s1 o"),
+        ("norm_residual", {"channels": 384, "in_parts": 1, "rows": 256}, "1x512 w8 s1 o"),
+        ("norm_residual", {"channels": 768, "in_parts": 1, "rows": 64}, "1x1024 w16 s1 o"),
+        ("mlp_parts", {"channels": 384, "stream_bytes": 2, "rows": 256}, "64x128x128x128 w4 s3"),
+        ("mlp_parts", {"channels": 384, "stream_bytes": 2, "rows": 256}, "32x64x128x128 w4 s3"),
+        ("attention_parts", {"channels": 768, "tokens": 64, "stream_bytes": 2, "rows": 64}, "128x64 w4 s3"),
+        ("attention_parts", {"channels": 768, "tokens": 64, "stream_bytes": 2, "rows": 64}, "128x128 w8 s3"),
         ("window_attention", {"tokens": 49, "block_d": 32}, "64x64x8 w4 s3 o"),
         ("mlp_block", {"channels": 96, "stream_bytes": 2, "rows": 1 << 20}, "128x32 w4 s2"),
         ("mlp_block", {"channels": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x32 w8 s3"),
@@ -87,7 +94,7 @@ def test_many_rows_are_tried_overlapped_once():
 
 
 def test_an_overlapped_choice_is_tried_without():
-    sizes = {"channels": 384, "rows": 256}
+    sizes = {"channels": 384, "in_parts": 0, "rows": 256}
     present = config("norm_residual", "sm_90", "float16", **sizes)
     overlapped = present._replace(blocks=present.blocks | {"OVERLAPPED": True})
     tried = candidates("norm_residual", sizes, "float16", overlapped, "sm_90")

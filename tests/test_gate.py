@@ -13,10 +13,11 @@ from swinfast.kernels.gate import Job, Measured, problems, waits_first
 
 ROOT = Path(__file__).parents[1]
 KERNELS = {
-    "attention_block", "cpb_bias.offsets", "cpb_bias.table", "linear", "linear_norm_residual", "mlp_block",
-    "merge_norm", "norm_residual", "patch_embed", "qkv_attention", "window_attention",
+    "attention_block", "attention_parts", "cpb_bias.offsets", "cpb_bias.table", "linear", "linear_norm_residual",
+    "mlp_block", "mlp_parts", "merge_norm", "norm_residual", "patch_embed", "qkv_attention", "window_attention",
 }  # fmt: skip
 PERSISTENT = "linear.persistent_linear"  # where there is an engine that copies what a descriptor describes
+TABLES = sorted(file.stem for file in FOLDER.glob("*.json"))
 PRECISIONS = ("float16", "bfloat16", "float32", "tf32")
 SIZES = {  # by which rows are matched: the values tried for a row that does not name them
     "channels": (96, 128, 192, 256, 384, 512, 768, 1024, 1536, 3072),
@@ -27,6 +28,7 @@ SIZES = {  # by which rows are matched: the values tried for a row that does not
     "n": (16, 64, 96, 288, 384, 768, 1536, 3072),
     "elements": (1 << 30,),
     "gelu": (0, 1),
+    "in_parts": (0, 1),
     "rows": (64, 1 << 20),
 }
 BAD_TABLE = """
@@ -134,7 +136,7 @@ def test_keys_of_kernels_do_not_depend_on_their_order(gate):
     """Else what one process compiles is not found by another that compiles something else first."""
     forwards, backwards = (gate("-c", CACHE_KEYS, step) for step in ("1", "-1"))
     assert forwards.returncode == 0, forwards.stderr
-    assert "_qkv_attention_kernel" in forwards.stdout
+    assert "_attention_parts_kernel" in forwards.stdout
     assert forwards.stdout == backwards.stdout
 
 
@@ -257,7 +259,7 @@ def test_help(gate):
         assert option in done.stdout
 
 
-@pytest.mark.parametrize("table", sorted(file.stem for file in FOLDER.glob("*.json")))
+@pytest.mark.parametrize("table", TABLES)
 def test_every_row_can_be_reached(table):
     """No row hides behind those above it, in any of its precisions."""
     assert table == "default" or table in ARCHITECTURES
@@ -268,7 +270,14 @@ def test_every_row_can_be_reached(table):
 
 def _shapes(row: dict) -> list[dict[str, int]]:
     """Shapes that a row may match: what it names as it names it, anything else tried."""
-    choices = dict(SIZES)
+    named = {
+        key.removesuffix("_max")
+        for table in TABLES
+        for other in rows(table)
+        for key in other.get("when", {})
+        if other["kernel"] == row["kernel"]
+    }
+    choices = {name: values if name in named else values[:1] for name, values in SIZES.items()}
     for key, wanted in row.get("when", {}).items():
         name = key.removesuffix("_max")
         values = wanted if isinstance(wanted, list) else [wanted]

@@ -123,7 +123,7 @@ def test_in_a_forward(run, monkeypatch):
     """A configuration is timed by forwards in which it alone is another, and wins by less than if it were alone."""
     monkeypatch.setattr(in_forward, "ROUNDS", 2)
     launched, others = [], []
-    for name in ("merge_norm", "patch_embed", "attention_block", "linear", "norm_residual", "window_attention"):
+    for name in ("merge_norm", "patch_embed", "attention_parts", "linear", "mlp_parts", "norm_residual"):
         module = importlib.import_module(f"swinfast.kernels.{name}")
 
         def launch(kernel, programs, x, *args, config, launch=module.launch, name=name, **constants):

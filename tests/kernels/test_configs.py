@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from swinfast.kernels import configs
 from swinfast.kernels.configs import ARCHITECTURES, FOLDER, Config, columns, config, override
-from swinfast.kernels.stages import forms_of
+from swinfast.kernels.stages import BOTH_LAYOUTS, forms_of
 from swinfast.kernels.windows import LARGEST_TILE
 
 PRECISIONS = ("float16", "bfloat16", "float32", "tf32")
@@ -16,6 +16,8 @@ BLOCKS = {
     "linear": {"BLOCK_M", "BLOCK_N", "BLOCK_K"},
     "linear_norm_residual": {"BLOCK_M", "BLOCK_K"},
     "norm_residual": {"BLOCK_M"},
+    "mlp_parts": {"BLOCK_M", "BLOCK_HIDDEN", "BLOCK_K", "BLOCK_N"},
+    "attention_parts": {"BLOCK_K", "BLOCK_N"},
     "mlp_block": {"BLOCK_M", "BLOCK_HIDDEN"},
     "patch_embed": {"BLOCK_M", "BLOCK_K"},
     "merge_norm": {"BLOCK_M"},
@@ -25,28 +27,31 @@ BLOCKS = {
 }
 OPTIONAL = {  # and what has a value by default
     "linear_norm_residual": {"TILE"},
+    "norm_residual": {"TILE"},
     "mlp_block": {"TILE", "AHEAD"},
     "attention_block": {"TILE"},
     "window_attention": {"IMAGES"},
     "linear": {"PER_UNIT"},
 }
 FORMS = {  # parts of a stage, and the kernels that can compute them
-    "attention_half": {"attention_block", "qkv_attention", "window_attention"},
+    "attention_half": {"attention_block", "attention_parts", "qkv_attention", "window_attention"},
     "projection": {"linear", "linear_norm_residual"},
-    "mlp_half": {"linear", "mlp_block"},
+    "mlp_half": {"linear", "mlp_block", "mlp_parts"},
     "mlp_output": {"linear", "linear_norm_residual"},
 }
 CHOICES = FORMS | {"launches": {"graph", "single"}}
 SHAPES = {  # what a kernel's rows are matched by
     "linear": {"k", "n", "gelu", "rows"},
     "linear_norm_residual": {"channels", "k", "stream_bytes", "rows"},
-    "norm_residual": {"channels", "rows"},
+    "norm_residual": {"channels", "in_parts", "rows"},
     "mlp_block": {"channels", "stream_bytes", "rows"},
+    "mlp_parts": {"channels", "stream_bytes", "rows"},
     "patch_embed": {"channels", "k", "rows"},
     "merge_norm": {"channels", "rows"},
     "window_attention": {"tokens", "block_d"},
     "attention_block": {"channels", "tokens", "stream_bytes"},
     "qkv_attention": {"channels", "tokens", "stream_bytes", "rows"},
+    "attention_parts": {"channels", "tokens", "stream_bytes", "rows"},
     **{form: {"channels", "tokens", "rows"} for form in FORMS},
     "launches": {"elements"},
 }
@@ -89,7 +94,7 @@ def test_no_configuration():
 
 
 def test_attention_for_few_rows_takes_the_table_that_many_have():
-    """Of another form than qkv_attention, which takes both layouts, the tables can't speak for few rows alone."""
+    """Of a form that doesn't take both layouts, the tables can't speak for few rows alone."""
     uses = {"attention_half": {"many": "attention_block", "few": "window_attention"}}
 
     def choose(kernel, shape):
@@ -97,7 +102,7 @@ def test_attention_for_few_rows_takes_the_table_that_many_have():
         return use and Config({"use": use}, 4, 1, "a test")
 
     with override(choose):
-        for few, expected in (("window_attention", "attention_block"), ("qkv_attention", "qkv_attention")):
+        for few, expected in (("window_attention", "attention_block"), *((one, one) for one in BOTH_LAYOUTS)):
             uses["attention_half"]["few"] = few
             found = [forms_of(96, (7, 7), torch.float16, torch.device("meta"), rows) for rows in (64, 1 << 20)]
             assert [forms.attention_half for forms in found] == [expected, "attention_block"]
@@ -110,16 +115,16 @@ def test_override():
         asked.append((kernel, shape))
         return wanted if kernel == "norm_residual" else None
 
-    usual = config("norm_residual", "sm_90", "float16", channels=96, rows=64)
+    usual = config("norm_residual", "sm_90", "float16", channels=96, in_parts=0, rows=64)
     with override(choose):
-        assert config("norm_residual", "sm_90", "float16", channels=96, rows=64) is wanted
+        assert config("norm_residual", "sm_90", "float16", channels=96, in_parts=0, rows=64) is wanted
         assert config("linear", "sm_90", "float16", k=96, n=96, gelu=0, rows=64).source != "a test"
         with override(lambda kernel, shape: None):
-            assert config("norm_residual", "sm_90", "float16", channels=96, rows=64) == usual
-        assert config("norm_residual", "sm_90", "float16", channels=96, rows=64) is wanted
-    assert config("norm_residual", "sm_90", "float16", channels=96, rows=64) == usual
+            assert config("norm_residual", "sm_90", "float16", channels=96, in_parts=0, rows=64) == usual
+        assert config("norm_residual", "sm_90", "float16", channels=96, in_parts=0, rows=64) is wanted
+    assert config("norm_residual", "sm_90", "float16", channels=96, in_parts=0, rows=64) == usual
     assert asked[:2] == [
-        ("norm_residual", {"channels": 96, "rows": 64}),
+        ("norm_residual", {"channels": 96, "in_parts": 0, "rows": 64}),
         ("linear", {"k": 96, "n": 96, "gelu": 0, "rows": 64}),
     ]
 
@@ -155,7 +160,7 @@ def test_tables(file):
         if row["kernel"] in CHOICES:
             assert row["blocks"].keys() == {"use"}, row
             assert row["blocks"]["use"] in CHOICES[row["kernel"]], row
-            if row["blocks"]["use"] in ("attention_block", "qkv_attention"):  # a window is one tile there
+            if row["blocks"]["use"] in ("attention_block", *BOTH_LAYOUTS):  # a window is one tile there
                 tokens = row["when"].get("tokens", row["when"].get("tokens_max"))
                 assert max(tokens if isinstance(tokens, list) else [tokens]) <= LARGEST_TILE, row
         elif row["kernel"] == "linear" and "use" in row["blocks"]:

@@ -28,8 +28,8 @@ from kernel_helpers import (
     odd_dtypes,
     run,
 )
+from swinfast.kernels import heads, tiles, windows
 from swinfast.kernels import qkv_attention as module
-from swinfast.kernels import tiles, windows
 from swinfast.kernels.configs import Config, override
 from swinfast.kernels.window_attention import padded_size
 from swinfast.kernels.windows import arranged, slots
@@ -140,39 +140,39 @@ MUTANTS = {
     "no logit clamp": ("tiny", windows, "LARGEST_LOGIT_SCALE, prop", "100.0, prop"),
     "no q norm": ("tiny", windows, "reciprocal_length(q) *", "(reciprocal_length(q) * 0 + 1) *"),
     "no k norm": ("tiny", windows, "(k * reciprocal_length(k)[:, None])", "k"),
-    "another head's scale": ("tiny", module, "logit_scale + head", "logit_scale + (head + 1) % HEADS"),
+    "another head's scale": ("tiny", heads, "logit_scale + head", "logit_scale + (head + 1) % HEADS"),
     "window types swapped": ("tiny", windows, "(window_row == windows_h - 1).to(tl.int32) + 2 *",
                              "2 * (window_row == windows_h - 1).to(tl.int32) +"),
-    "another head's weights": ("tiny", module, "first = head * HEAD_DIM", "first = (HEADS - 1 - head) * HEAD_DIM"),
+    "another head's weights": ("tiny", heads, "first = head * HEAD_DIM", "first = (HEADS - 1 - head) * HEAD_DIM"),
     "no bias of q and k":
-        ("tiny", module, "qk = in_each_row(qkv_bias, qk_rows, 3 * C, SLOTS, WHOLE)",
+        ("tiny", heads, "qk = in_each_row(qkv_bias, qk_rows, 3 * C, SLOTS, WHOLE)",
          "qk = tl.zeros((SLOTS, 2 * BLOCK_D), tl.float32)"),
     "no bias of v":
-        ("tiny", module, "v = in_each_row(qkv_bias, v_rows, 3 * C, SLOTS, WHOLE)",
+        ("tiny", heads, "v = in_each_row(qkv_bias, v_rows, 3 * C, SLOTS, WHOLE)",
          "v = tl.zeros((SLOTS, BLOCK_D), tl.float32)"),
-    "q and k swapped": ("tiny", module, "two // BLOCK_D * C", "(1 - two // BLOCK_D) * C"),
-    "the first channels alone": ("tiny", module, "range(0, C, BLOCK_K)", "range(0, C - BLOCK_K, BLOCK_K)"),
-    "channels past the last": ("padded", module, "if C % BLOCK_K != 0:", "if False:"),
+    "q and k swapped": ("tiny", heads, "two // BLOCK_D * C", "(1 - two // BLOCK_D) * C"),
+    "the first channels alone": ("tiny", heads, "range(0, C, BLOCK_K)", "range(0, C - BLOCK_K, BLOCK_K)"),
+    "channels past the last": ("padded", heads, "if C % BLOCK_K != 0:", "if False:"),
     "padded tokens not masked": ("padded", windows, "if PADDED:", "if False:"),
     "slots past the window not masked":
         ("tiny", windows, "inside = i < WINDOW_H * WINDOW_W", "inside = i >= 0"),
-    "head tail of the weights": ("padded", module, "tl.where(two % BLOCK_D < HEAD_DIM,", "tl.where(two >= 0,"),
+    "head tail of the weights": ("padded", heads, "tl.where(two % BLOCK_D < HEAD_DIM,", "tl.where(two >= 0,"),
     "head tail of the output": ("padded", module, " & (d < HEAD_DIM)[None, :]", ""),
     "edges of W not masked": ("padded", tiles, "if WHOLE:", "if True:"),
-    "sum left out": ("tiny", module, " * share[:, None]", ""),
-    "the first image again": ("tiny", module, "(image * height", "(0 * height"),
-    "images of another size": ("padded", module, "window // windows_w % windows_h", "window // windows_w % 1"),
+    "sum left out": ("tiny", heads, " * share[:, None]", ""),
+    "the first image again": ("tiny", heads, "(image * height", "(0 * height"),
+    "images of another size": ("padded", heads, "window // windows_w % windows_h", "window // windows_w % 1"),
 }
 OF_A_LAYOUT = {
     "arranged": {
         "no bias": (windows, "bias.to(tl.float32)", "0 * bias.to(tl.float32)"),
         "bias of another row": (windows, "(0, 5, 1, 3, 4, 2, 6)", "(0, 6, 1, 3, 4, 2, 5)"),
-        "bias of another head": (module, "table + head * (SLOTS", "table + (head + 1) % HEADS * (SLOTS"),
+        "bias of another head": (heads, "table + head * (SLOTS", "table + (head + 1) % HEADS * (SLOTS"),
     },
     "rows": {
         "no bias": (windows, "bias.to(tl.float32)", "0 * bias.to(tl.float32)"),
-        "bias of another row": (module, "row[:, None] * KEYS", "(QUERIES - 1 - row)[:, None] * KEYS"),
-        "bias of another head": (module, "table + head * (QUERIES", "table + (head + 1) % HEADS * (QUERIES"),
+        "bias of another row": (heads, "row[:, None] * KEYS", "(QUERIES - 1 - row)[:, None] * KEYS"),
+        "bias of another head": (heads, "table + head * (QUERIES", "table + (head + 1) % HEADS * (QUERIES"),
     },
 }
 # fmt: on
