@@ -127,10 +127,10 @@ def plausible(kernel: str, sizes: dict[str, int], precision: str, candidate: Con
         return blocks["BLOCK_M"] * max(blocks["BLOCK_N"], sizes["block_d"]) <= PER_THREAD[1] * threads // 2
     if kernel == "attention_block":
         return True
-    if "channels" in sizes and max(blocks.get(name, 0) for name in ("BLOCK_K", "BLOCK_N")) > triton.next_power_of_2(
-        sizes["channels"]
-    ):
-        return False
+    if kernel in ("attention_parts", "mlp_parts", "qkv_attention"):
+        channels = triton.next_power_of_2(sizes["channels"])
+        if blocks["BLOCK_K"] > channels or blocks.get("BLOCK_N", 0) > channels:
+            return False
     if kernel in ("attention_parts", "qkv_attention"):
         return True
     width = max(blocks.get("BLOCK_N", 0), blocks.get("BLOCK_HIDDEN", 0) if kernel == "mlp_parts" else 0) or _width(

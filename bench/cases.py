@@ -35,7 +35,7 @@ MODELS = {  # for tests: whole windows, and windows, channels and heads that are
 BATCHED = ("images", "x", "qkv", "residual")  # arguments whose first dimension is the batch
 IN_A_TILE = ("attention_block", "attention_parts", "qkv_attention")  # forms for windows of at most LARGEST_TILE tokens
 IN_PARTS = ("attention_parts", "mlp_parts")  # operations whose results are [..., parts, C], to be added up
-PARTS_AT_MOST = 8192  # rows for which they are worth trying; of 256 images they would be a gigabyte
+LARGEST_PARTS = 64 << 20  # bytes
 IMAGES_AT_ONCE = 16  # that a definition is computed for in float64
 LOG2_E = math.log2(math.e)
 FORMS = {  # the parts of a block that several kernels can compute, all in one kernel and in as many as there are
@@ -131,6 +131,11 @@ def model_named(name: str, device: torch.device | str = "meta") -> nn.Module:
     return swinfast.create_model("swinv2_cr_tiny_224" if options else name, device=device, **options).eval()
 
 
+def stay_in_cache(channels: int, rows: int) -> bool:
+    """Whether a result in parts, one for every 32 channels, may stay in a GPU's cache: else parts are not worth it."""
+    return 4 * rows * channels * (channels // 32) <= LARGEST_PARTS
+
+
 def choose_forms(forms: dict[str, str], channels: int | None = None) -> Choose:
     """What override takes to compute blocks (those of one number of channels) in some forms, where they can be."""
 
@@ -140,7 +145,7 @@ def choose_forms(forms: dict[str, str], channels: int | None = None) -> Choose:
             return None
         if use in IN_A_TILE and shape["tokens"] > LARGEST_TILE:
             return None
-        if use in IN_PARTS and shape["rows"] > PARTS_AT_MOST:
+        if use in IN_PARTS and not stay_in_cache(shape["channels"], shape["rows"]):
             return None
         if use in BOTH_LAYOUTS and shape["rows"] >= MANY:  # how the table is laid out stays as the tables have it
             return None

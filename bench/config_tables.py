@@ -68,6 +68,29 @@ def _only(when: dict, key: str) -> dict:
     return {name: wanted for name, wanted in when.items() if name.removesuffix("_max") == key}
 
 
+def kept(table: Sequence[Row], default: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
+    """Rows for what few rows of activations get from the default table, which measured rows for any number would hide.
+
+    An architecture's own table is asked before the default one.
+    """
+    found = []
+    for row in measured:
+        if most_rows(row) < math.inf:
+            continue
+        same = [
+            [one for one in rows if one["kernel"] == row["kernel"] and row["precision"][0] in one["precision"]]
+            for rows in (table, default)
+        ]
+        for most in sorted({most_rows(other) for other in same[1]} - {math.inf}):
+            shape = row["when"] | {"rows": most}
+            chosen = next((o for o in same[1] if matches(o.get("when", {}), shape)), None)
+            own = any(matches(other.get("when", {}), shape) for other in same[0])
+            if chosen is not None and most_rows(chosen) < math.inf and not own:
+                precisions = [one for one in row["precision"] if one in chosen["precision"]]
+                found.append(chosen | {"when": row["when"] | {"rows_max": most}, "precision": precisions})
+    return found
+
+
 def render(rows: Sequence[Row]) -> str:
     """A table as its file has it: a row on a line, and a blank line between kernels."""
     lines: list[str] = []
@@ -83,8 +106,11 @@ def render(rows: Sequence[Row]) -> str:
 
 def update(file: Path, measured: Sequence[Row]) -> None:
     """Put measured rows into a table's file, all at once; a new file where there is none."""
-    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    rows, default = (
+        json.loads(one.read_text(encoding="utf-8")) if one.exists() else []
+        for one in (file, file.with_name("default.json"))
+    )
     draft = file.with_suffix(".draft")
-    draft.write_text(render(merge(rows, measured)), encoding="utf-8")
+    draft.write_text(render(merge(rows, [*measured, *kept(rows, default, measured)])), encoding="utf-8")
     draft.replace(file)
     forget()

@@ -12,7 +12,7 @@ from swinfast.kernels.windows import LARGEST_TILE
 from torch import nn
 
 from bench.candidates import FEW, SIXTEEN_BITS
-from bench.cases import FORMS, IN_A_TILE, IN_PARTS, PARTS_AT_MOST, cases_of, choose_forms, model_named, tf32_setting
+from bench.cases import FORMS, IN_A_TILE, IN_PARTS, cases_of, choose_forms, model_named, stay_in_cache, tf32_setting
 from bench.config_tables import Row
 
 GAIN = 0.02  # that a measured choice must win by
@@ -77,7 +77,7 @@ def options_of(kind: Kind, parts: Option) -> list[Option]:
     for form in dict.fromkeys(forms[half] for forms in FORMS.values()):
         if form in IN_A_TILE and kind.tokens > LARGEST_TILE:
             continue
-        if form in IN_PARTS and not (kind.few and kind.rows <= PARTS_AT_MOST):
+        if form in IN_PARTS and not (kind.few and stay_in_cache(kind.channels, kind.rows)):
             continue
         if half == "attention_half" and kind.few and form not in (kind.many, *BOTH_LAYOUTS):
             continue
@@ -110,6 +110,8 @@ def form_rows(
         for kind in kinds_of(model, batch, precision, arch):
             for parts in HALVES:
                 now, *others = options_of(kind, parts)
+                # the norm after parts takes longer the more of them there are: those are for whole forwards to judge
+                others = [option for option in others if option[0] not in IN_PARTS]
                 costs = {}
                 for option in (now, *others):
                     forms = choose_forms(dict(zip(parts, option, strict=True)), kind.channels)

@@ -5,10 +5,12 @@
 For each kernel of a forward: its FLOPs at the published matrix rate, its tensors read and written once at the
 published bandwidth, and the instructions that its warps issue, counted in the machine code. The longest of the three is
 its floor. Nothing of it is measured: real kernels take longer, and launches and the gaps between kernels come on top.
+Only where images are so few that tensors never leave the cache may a kernel pass the floor of its bytes.
 """
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import swinfast
 from bench.gpus import GPUS, Gpu
 from bench.peers import import_timm
-from bench.sass import arguments, issued_instructions
+from bench.sass import Uncountable, arguments, issued_instructions
 
 ATTENTION = {  # kernels, and how many products of C to C channels they contain
     "window_attention": 0,
@@ -80,7 +82,8 @@ def predict(launches: Sequence[Launch], precision: str, gpu: Gpu) -> list[Row]:
         (first, job), count, issued = group[0], len(group), 0.0
         shape = job.shape if job else f"n={first.constants['N']} k={first.constants['K']} by PyTorch's library"
         if job and job.kernel != PERSISTENT:
-            issued = first.programs * job.num_warps * issued_instructions(job)
+            with suppress(Uncountable):  # then it has no such floor
+                issued = first.programs * job.num_warps * issued_instructions(job)
         flops, moved = flops_of(first, kernel_of(first)), bytes_of(first)
         times = flops / gpu.matrix_rate(precision), moved / (1e12 * gpu.bandwidth), issued / gpu.issue_rate
         sums = (count * number for number in (flops, moved, *times))

@@ -30,6 +30,10 @@ def issued_instructions(job: Job) -> float:
     return count(text, trips(job))
 
 
+class Uncountable(ValueError):
+    """Machine code with loops that are not in the source, such as those that wait."""
+
+
 def trips(job: Job) -> list[int]:
     """How often each loop of a kernel runs, in the order of their ends: an inner loop before the one around it."""
     size = job.named
@@ -58,10 +62,10 @@ def count(sass: str, trips: list[int]) -> float:
             branch = re.search(r"\bBRA(?:\.\w+)* .*`\((\.L_\w+)\)", line)
             if branch and branch[1] in labels and instructions - labels[branch[1]] > 1:  # not the endless last branch
                 loops.append((labels[branch[1]], instructions))
-    if not loops:  # short loops are unrolled
-        return instructions
-    if len(loops) != len(trips):
-        raise ValueError(f"{len(loops)} loops in the machine code, {len(trips)} in the source")
+    if len(loops) > len(trips):
+        raise Uncountable(f"{len(loops)} loops in the machine code, {len(trips)} in the source")
+    while len(loops) < len(trips):  # short loops are unrolled
+        trips = [often for place, often in enumerate(trips) if place != trips.index(min(trips))]
     runs = [1] * instructions
     for (start, end), often in zip(loops, trips, strict=True):
         runs[start:end] = [often * count for count in runs[start:end]]

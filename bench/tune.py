@@ -178,7 +178,7 @@ def row_of(target: Target, final: Final, about: dict[str, str], models: str, whe
     What was found in whole forwards holds for as many rows alone: there are few images.
     """
     rows = dict(target.sizes).get("rows", MANY)
-    few = bool(where) or rows <= FEW
+    few = rows < MANY and (bool(where) or rows <= FEW)  # there are kernels whose choice is one for any number
     time = f"{final.us:.1f} us {where}".strip()
     former = "none that runs" if final.present_us is None else f"{final.present_us:.1f} us of {tile(target.present)}"
     return {

@@ -143,7 +143,13 @@ def prepared(
         "ARRANGED": arranged,
         "PRECISION": precision(qkv_weight.dtype),
     }
-    sizes = {"channels": channels, "tokens": size, "stream_bytes": x.element_size(), "rows": at_most(rows)}
+    sizes = {
+        "channels": channels,
+        "tokens": size,
+        "block_d": constants["BLOCK_D"],
+        "stream_bytes": x.element_size(),
+        "rows": at_most(rows),
+    }
     return batch * windows_h * windows_w * heads, (height, width, windows_h, windows_w), constants, sizes
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import at_most, cdiv, config
+from .configs import cdiv, config
 from .launch import (
     arch_of,
     check,
@@ -105,8 +105,7 @@ def mlp_parts(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tenso
         arch_of(x.device),
         precision_name(fc1_weight.dtype),
         channels=channels,
-        stream_bytes=x.element_size(),
-        rows=at_most(rows),
+        stream_bytes=x.element_size(),  # not rows: there are as many parts in a graph for any number of them
     )
     parts = cdiv(hidden, chosen.blocks["BLOCK_HIDDEN"])
     check_rows("x", rows)

@@ -42,10 +42,18 @@ def test_candidates(kernel):
         ("norm_residual", {"channels": 384, "in_parts": 0, "rows": 256}, "1 w2 s1 o"),
         ("norm_residual", {"channels": 384, "in_parts": 1, "rows": 256}, "1x512 w8 s1 o"),
         ("norm_residual", {"channels": 768, "in_parts": 1, "rows": 64}, "1x1024 w16 s1 o"),
-        ("mlp_parts", {"channels": 384, "stream_bytes": 2, "rows": 256}, "64x128x128x128 w4 s3"),
-        ("mlp_parts", {"channels": 384, "stream_bytes": 2, "rows": 256}, "32x64x128x128 w4 s3"),
-        ("attention_parts", {"channels": 768, "tokens": 64, "stream_bytes": 2, "rows": 64}, "128x64 w4 s3"),
-        ("attention_parts", {"channels": 768, "tokens": 64, "stream_bytes": 2, "rows": 64}, "128x128 w8 s3"),
+        ("mlp_parts", {"channels": 384, "stream_bytes": 2}, "64x128x128x128 w4 s3"),
+        ("mlp_parts", {"channels": 384, "stream_bytes": 2}, "32x64x128x128 w4 s3"),
+        (
+            "attention_parts",
+            {"channels": 768, "tokens": 64, "block_d": 32, "stream_bytes": 2, "rows": 64},
+            "128x64 w4 s3",
+        ),
+        (
+            "attention_parts",
+            {"channels": 768, "tokens": 64, "block_d": 32, "stream_bytes": 2, "rows": 64},
+            "128x128 w8 s3",
+        ),
         ("window_attention", {"tokens": 49, "block_d": 32}, "64x64x8 w4 s3 o"),
         ("mlp_block", {"channels": 96, "stream_bytes": 2, "rows": 1 << 20}, "128x32 w4 s2"),
         ("mlp_block", {"channels": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x32 w8 s3"),
@@ -119,6 +127,10 @@ def test_implausible_candidates_are_not():
     assert all(blocks["BLOCK_M"] <= 64 for blocks in tiles("patch_embed", channels=96, k=48, rows=64))
     attention = tiles("window_attention", tokens=49, block_d=32)
     assert all(max(blocks["BLOCK_M"], blocks["BLOCK_N"]) <= 64 for blocks in attention)
+    wide = tiles("linear_norm_residual", channels=64, k=256, stream_bytes=2, rows=1 << 20)
+    assert max(blocks["BLOCK_K"] for blocks in wide) == 128  # of k, not of the channels
+    heads = tiles("attention_parts", channels=96, tokens=64, block_d=32, stream_bytes=2, rows=4096)
+    assert max(max(blocks["BLOCK_K"], blocks["BLOCK_N"]) for blocks in heads) == 128
     fits = [len(tiles("linear", precision, k=384, n=1536, **many)) for precision in ("float32", "float16")]
     assert fits[0] < fits[1]  # shared memory
     assert any("PER_UNIT" in blocks for blocks in tiles("linear", k=384, n=1536, **many))

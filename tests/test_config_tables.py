@@ -60,6 +60,26 @@ def test_rows_that_nothing_reaches_are_dropped():
     assert config_tables.merge([row(k_max=64)], [row(k=64)]) == [row(k=64), row(k_max=64)]
 
 
+def test_what_few_rows_have_stays():
+    """A measured row for any number of rows, in an architecture's table, would hide the default table's for few."""
+    default = [
+        row(k_max=8, rows_max=64, source="few"),
+        row(k_max=16, rows_max=256, source="more"),
+        row(k_max=99, precision=("float16", "float32"), rows_max=1024, source="wide"),
+        row(source="any"),
+        row("mlp_half", rows_max=64),
+    ]
+    both = ("float16", "bfloat16")
+    found = config_tables.kept([], default, [row(k=16, precision=both)])
+    expected = [
+        row(k=16, rows_max=most, source=source) for most, source in ((64, "more"), (256, "more"), (1024, "wide"))
+    ]
+    assert found == expected
+    assert config_tables.kept([row(k=16, rows_max=256)], default, [row(k=16)]) == expected[2:]  # which has its own
+    assert config_tables.kept([row(k_max=99)], default, [row(k=16)]) == []  # hidden before
+    assert config_tables.kept([], default, [row(k=16, rows_max=64), row(k=100), row("merge_norm", k=16)]) == []
+
+
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
 def test_tables_keep_their_looks(file):
     text = file.read_text(encoding="utf-8")
@@ -71,11 +91,13 @@ def test_a_written_table_is_used(monkeypatch, tmp_path):
     configs.forget()
     try:
         wanted = row("norm_residual", channels=96, source="new") | {"blocks": {"BLOCK_M": 32}, "num_warps": 1}
-        (tmp_path / "default.json").write_text("[]")
+        few = row("norm_residual", rows_max=64, source="few")
+        (tmp_path / "default.json").write_text(json.dumps([few]))
         with pytest.raises(KeyError):
-            config("norm_residual", "sm_90", "float16", channels=96)
+            config("norm_residual", "sm_90", "float16", channels=96, rows=65)
         config_tables.update(tmp_path / "sm_90.json", [wanted])
-        assert config("norm_residual", "sm_90", "float16", channels=96, rows=1) == ({"BLOCK_M": 32}, 1, 1, "new")
+        assert config("norm_residual", "sm_90", "float16", channels=96, rows=65) == ({"BLOCK_M": 32}, 1, 1, "new")
+        assert config("norm_residual", "sm_90", "float16", channels=96, rows=64).source == "few"
     finally:
         monkeypatch.undo()
         configs.forget()

@@ -16,6 +16,7 @@ KERNELS = {
     "attention_block", "attention_parts", "cpb_bias.offsets", "cpb_bias.table", "linear", "linear_norm_residual",
     "mlp_block", "mlp_parts", "merge_norm", "norm_residual", "patch_embed", "qkv_attention", "window_attention",
 }  # fmt: skip
+IN_PARTS = {"attention_parts", "mlp_parts"}  # where there is a large cache
 PERSISTENT = "linear.persistent_linear"  # where there is an engine that copies what a descriptor describes
 TABLES = sorted(file.stem for file in FOLDER.glob("*.json"))
 PRECISIONS = ("float16", "bfloat16", "float32", "tf32")
@@ -155,7 +156,8 @@ def test_subset_is_fit(gate, tmp_path):
     found = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
     for arch in ARCHITECTURES:
         here = [row for row in found if row["arch"] == arch]
-        assert {row["kernel"] for row in here} == KERNELS | ({PERSISTENT} if arch == "sm_90" else set())
+        rest = {PERSISTENT} if arch == "sm_90" else set()
+        assert {row["kernel"] for row in here} == KERNELS - (IN_PARTS if arch == "gfx942" else set()) | rest
         assert {row["precision"] for row in here} == set(PRECISIONS)
     assert not any(row["problems"] for row in found)
     assert all(row["registers"] > 0 and row["per SM"] > 0 for row in found)

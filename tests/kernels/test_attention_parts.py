@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_helpers import (
+    DEVICE,
     DTYPES,
     WINDOWS_IN_A_TILE,
     Draw,
@@ -31,6 +32,7 @@ from kernel_helpers import (
 )
 from swinfast.kernels import attention_parts as module
 from swinfast.kernels import heads, tiles
+from swinfast.kernels.window_attention import padded_size
 from swinfast.kernels.windows import arranged, slots
 from swinfast.reference import ops
 
@@ -39,12 +41,16 @@ CASES = WINDOWS_IN_A_TILE | {"several images": (3, (5, 6), (4, 3), (2, 1), 2, 8)
 whole = added_up(module.attention_parts)
 
 
-def arguments(batch, size, window, shift, heads, head_dim, dtype=torch.float32):
-    draw = Draw(dtype)
-    args = draw.attention(batch, size, window, shift, heads, head_dim, [slots(window)] * 2)
-    args["table"] = arranged(args["table"])
+def arguments(batch, size, window, shift, heads, head_dim, dtype=torch.float32, layout="arranged"):
+    padded = [slots(window)] * 2 if layout == "arranged" else padded_size(DEVICE, dtype, window, head_dim)
+    args = Draw(dtype).attention(batch, size, window, shift, heads, head_dim, padded)
+    args["table"] = arranged(args["table"]) if layout == "arranged" else args["table"]
     channels = heads * head_dim
-    return args | draw.linear(channels, channels, "proj_") | {"window_size": list(window), "shift_size": list(shift)}
+    return (
+        args
+        | Draw(dtype, 1).linear(channels, channels, "proj_")
+        | {"window_size": list(window), "shift_size": list(shift)}
+    )
 
 
 def reference(x, qkv_weight, qkv_bias, logit_scale, table, proj_weight, proj_bias, window_size, shift_size):
@@ -58,6 +64,11 @@ def reference(x, qkv_weight, qkv_bias, logit_scale, table, proj_weight, proj_bia
 @pytest.mark.parametrize("name", CASES)
 def test_cases(name, dtype):
     check(whole, reference, arguments(*CASES[name], dtype), dtype)
+
+
+@pytest.mark.parametrize("name", ["tiny", "padded"])
+def test_the_table_of_window_attention(name):
+    check(whole, reference, arguments(*CASES[name], layout="rows"), torch.float32)
 
 
 def test_a_part_is_what_a_head_adds():

@@ -45,13 +45,13 @@ SHAPES = {  # what a kernel's rows are matched by
     "linear_norm_residual": {"channels", "k", "stream_bytes", "rows"},
     "norm_residual": {"channels", "in_parts", "rows"},
     "mlp_block": {"channels", "stream_bytes", "rows"},
-    "mlp_parts": {"channels", "stream_bytes", "rows"},
+    "mlp_parts": {"channels", "stream_bytes"},
     "patch_embed": {"channels", "k", "rows"},
     "merge_norm": {"channels", "rows"},
     "window_attention": {"tokens", "block_d"},
     "attention_block": {"channels", "tokens", "stream_bytes"},
-    "qkv_attention": {"channels", "tokens", "stream_bytes", "rows"},
-    "attention_parts": {"channels", "tokens", "stream_bytes", "rows"},
+    "qkv_attention": {"channels", "tokens", "block_d", "stream_bytes", "rows"},
+    "attention_parts": {"channels", "tokens", "block_d", "stream_bytes", "rows"},
     **{form: {"channels", "tokens", "rows"} for form in FORMS},
     "launches": {"elements"},
 }
@@ -186,6 +186,20 @@ def test_every_shape_has_a_configuration(arch, precision):
     for kernel, names in SHAPES.items():
         for size in (1, 44, 96, 768, 5000):
             config(kernel, arch, precision, **dict.fromkeys(names, size))
+
+
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_86"])
+@pytest.mark.parametrize("half, parts", [("attention_half", "attention_parts"), ("mlp_half", "mlp_parts")])
+def test_parts_are_for_the_fewest_rows(arch, half, parts):
+    """As rows grow there is a number from which on they are chosen no more; and only where a cache has room for any."""
+    for channels in (96, 128, 192, 256, 384, 512, 768, 1024):
+        uses = [
+            config(half, arch, "float16", channels=channels, tokens=49, rows=1 << power).blocks["use"]
+            for power in range(20)
+        ]
+        few = [use == parts for use in uses]
+        assert few == sorted(few, reverse=True), (channels, uses)
+        assert any(few) == (arch not in ("sm_86", "gfx942"))
 
 
 @settings(derandomize=True, database=None, deadline=None)
