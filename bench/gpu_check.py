@@ -91,9 +91,20 @@ def _environment(visit: Visit) -> list[Command]:
 
 
 def _check(visit: Visit) -> list[Command]:
-    """Every kernel at the shapes of real models, as the tables have it, in every dtype, and blocks not fused at all."""
+    """Every kernel at the shapes of real models, as the tables have it and in other compositions, in every dtype."""
     models = (MODEL, "swinv2_cr_tiny_384", "--batch", "4") if GPU else ("small", "--batch", "1")
-    command = (*PYTHON, "bench.kernels", "--check-only", "--forms", "tables", "heads", "apart", "--model", *models)
+    command = (
+        *PYTHON,
+        "bench.kernels",
+        "--check-only",
+        "--forms",
+        "tables",
+        "parts",
+        "heads",
+        "apart",
+        "--model",
+        *models,
+    )
     return [(*command, *(EVERY_DTYPE if GPU else ("--dtypes", "float16")), *_minutes(visit))]
 
 

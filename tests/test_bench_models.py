@@ -167,8 +167,8 @@ def test_the_timeline_of_a_gpu():
 def test_overlapped_kernels_of_a_timeline():
     """Those of the tables, but for what the library computes and what is no kernel."""
     choose = profile_gpu.overlapped("sm_90", "float16")
-    chosen = choose("norm_residual", {"channels": 384, "rows": 256})
-    table = config("norm_residual", "sm_90", "float16", channels=384, rows=256)
+    chosen = choose("norm_residual", {"channels": 384, "in_parts": 0, "rows": 256})
+    table = config("norm_residual", "sm_90", "float16", channels=384, in_parts=0, rows=256)
     assert chosen.blocks == table.blocks | {"OVERLAPPED": True} and chosen[1:3] == table[1:3]
     assert choose("linear", {"k": 384, "n": 384, "gelu": 0, "rows": 1 << 16}).blocks == {"use": "library"}
 
