@@ -43,12 +43,8 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
 LAUNCH = ("num_warps", "num_stages")
 REGISTERS = {4: (96, 128, 168), 8: (80, 128)}  # limits, by a program's warps: each makes room for one more program
 LIBRARY = Config({"use": "library"}, 4, 1, "a candidate")  # of linear
-IN_TILES = (
-    "linear_norm_residual",
-    "norm_residual",
-    "mlp_block",
-    "attention_block",
-)  # rows of channels: in three tiles or in one
+# which hold rows of channels: in three tiles or in one
+IN_TILES = ("attention_block", "linear_norm_residual", "mlp_block", "norm_residual")
 FEW_REGISTERS = ("norm_residual", "merge_norm")
 DESCRIBES = ("sm_90", "sm_100")  # architectures with an engine that copies what a descriptor describes
 OVERLAPS = DESCRIBES  # and that can start a kernel before the one before it is done
@@ -133,9 +129,12 @@ def plausible(kernel: str, sizes: dict[str, int], precision: str, candidate: Con
             return False
     if kernel in ("attention_parts", "qkv_attention"):
         return True
-    width = max(blocks.get("BLOCK_N", 0), blocks.get("BLOCK_HIDDEN", 0) if kernel == "mlp_parts" else 0) or _width(
-        candidate, sizes["channels"]
-    ) * (4 if kernel == "merge_norm" else 1)
+    if kernel == "mlp_parts":
+        width = max(blocks["BLOCK_N"], blocks["BLOCK_HIDDEN"])
+    elif "BLOCK_N" in blocks:
+        width = blocks["BLOCK_N"]
+    else:
+        width = _width(candidate, sizes["channels"]) * (4 if kernel == "merge_norm" else 1)
     if blocks["BLOCK_M"] > max(16, sizes.get("rows", MANY)):
         return False
     if "n" in sizes and -(-sizes["n"] // width) * width > WASTE * max(sizes["n"], 64):

@@ -40,6 +40,7 @@ PATIENCE = 150  # seconds for one test
 LARGEST_LOG = 12 << 20
 WIDEST = 150  # columns of the summary
 MODEL = "swinv2_cr_tiny_ns_224"
+COMPOSITIONS = ("tables", "parts", "heads", "apart")  # of a block
 EVERY_DTYPE = ("--dtypes", "float16", "bfloat16", "float32", "tf32")
 NAMING = (  # tests as they end, and where those are that take long
     "-v", "-p", "bench.gpu_tests", "-p", "no:cacheprovider", "-p", "no:benchmark", "-rfE", "--tb=short",
@@ -93,18 +94,7 @@ def _environment(visit: Visit) -> list[Command]:
 def _check(visit: Visit) -> list[Command]:
     """Every kernel at the shapes of real models, as the tables have it and in other compositions, in every dtype."""
     models = (MODEL, "swinv2_cr_tiny_384", "--batch", "4") if GPU else ("small", "--batch", "1")
-    command = (
-        *PYTHON,
-        "bench.kernels",
-        "--check-only",
-        "--forms",
-        "tables",
-        "parts",
-        "heads",
-        "apart",
-        "--model",
-        *models,
-    )
+    command = (*PYTHON, "bench.kernels", "--check-only", "--forms", *COMPOSITIONS, "--model", *models)
     return [(*command, *(EVERY_DTYPE if GPU else ("--dtypes", "float16")), *_minutes(visit))]
 
 
