@@ -138,11 +138,13 @@ class FusedClassifier(FusedWhole):
         return None if plans[1] is None or graphless else plans
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or is_traced(x) or is_transformed() or not self._may_be_captured(x):
+        if self.training or is_traced(x) or is_transformed():
             return super().forward(x)
         out = self.replayed(x)
         if out is not None:
             return out
+        if not self._may_be_captured(x):
+            return super().forward(x)
         plan = self.plan()
         if plan is None or self._is_unchecked() or needs_grad(x, plan.parameters):
             return super().forward(x)

@@ -241,8 +241,8 @@ def _side_stream(device: torch.device, stream: int) -> torch.cuda.Stream:
 
 
 def stream_of(device: torch.device) -> int:
-    """The current stream of a device."""
-    return torch.cuda.current_stream(device).cuda_stream
+    """The current stream of a tensor's device. Asked at every call, so no object is made of it."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def is_capturing(device: torch.device) -> bool:
