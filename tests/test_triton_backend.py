@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import OPTIONS, SMALL, THREE, images_for, make, random_images, randomise, relative_rms
+from helpers import OPTIONS, SMALL, images_for, make, random_images, randomise, relative_rms
 from swinfast.kernels import launch
 from swinfast.kernels.configs import ARCHITECTURES
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -155,7 +155,7 @@ def test_gradients(timm):
 
 
 def test_compile(timm):
-    model = make(timm, OPTIONS["dynamic"], "timm")
+    model = make(timm, SMALL | {"img_size": 64, "window_size": 4, "dynamic_img_size": True}, "timm")
     fast = optimised(model)
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_images_of_every_kind(timm):
 
 
 def test_neighbours_and_empty_batches(timm):
-    model = make(timm, THREE | {"img_size": 64, "window_size": 3}, "timm")
+    model = make(timm, SMALL | {"img_size": 64, "window_size": 3}, "timm")
     fast = optimised(model)
     images = random_images(3, 3, 64, 64).to(DEVICE)
     with torch.no_grad():
