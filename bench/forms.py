@@ -86,6 +86,11 @@ def options_of(kind: Kind, parts: Option) -> list[Option]:
     return list(dict.fromkeys(found))
 
 
+def named(option: Option) -> str:
+    """What computes a half of a block, without a choice that it does not use."""
+    return " and ".join(option[:1] if option[0] in AFTER else option)
+
+
 def rows_of(kind: Kind, parts: Option, best: Option, precision: str, source: str) -> list[Row]:
     """Rows that choose an option where it is not chosen at present."""
     when = {"channels": kind.channels, "tokens": kind.tokens} | when_few(kind.rows, kind.few)
@@ -118,7 +123,7 @@ def form_rows(
                     costs[option] = {case.key: case.calls for case in cases_of(model, batch, precision, arch, forms)}
                 best, ratio = _cheapest(costs, now, us)
                 if best != now:
-                    numbers = f"{ratio:.3f} of the kernels' time of {' and '.join(now)}"
+                    numbers = f"{ratio:.3f} of the kernels' time of {named(now)}"
                     source = source_of(about, f"{name} batch {batch}", precision, numbers)
                     rows += rows_of(kind, parts, best, precision, source)
     return list({(row["kernel"], *row["when"].values()): row for row in rows}.values())

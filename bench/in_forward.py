@@ -31,7 +31,7 @@ from bench.cases import (
     tf32_setting,
 )
 from bench.config_tables import Row
-from bench.forms import HALVES, Kind, Option, kinds_of, options_of, rows_of, source_of
+from bench.forms import HALVES, Kind, Option, kinds_of, named, options_of, rows_of, source_of
 from bench.kernels import COMPILE_WAIT, compile_all
 from bench.peaks import Timer, launches_of
 from bench.targets import Log, Target
@@ -206,8 +206,8 @@ class Compositions:
         place = winner(times, GAIN)
         best = rivals[place][0]
         self.log.note(what, "final", "final", best=best)
-        print(f"{what}: {' and '.join(best)}{' wins' if place else ' stays'}, {us[place]:.1f} µs", flush=True)
-        numbers = f"{us[place]:.1f} us in a forward against {us[0]:.1f} us of {' and '.join(present[0])}"
+        print(f"{what}: {named(best)}{' wins' if place else ' stays'}, {us[place]:.1f} µs", flush=True)
+        numbers = f"{us[place]:.1f} us in a forward against {us[0]:.1f} us of {named(present[0])}"
         source = source_of(self.log.about, f"{forward.name} batch {forward.batch}", forward.precision, numbers)
         return rows_of(kind, parts, best, forward.precision, source)
 
