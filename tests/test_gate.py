@@ -62,6 +62,31 @@ for window in ((2, 3), (4, 5), (5, 9), (8, 9), (10, 10)):
             print(window, name, error)
 """
 
+WIDE_HEADS = """
+import torch
+from swinfast.kernels.attention_parts import attention_parts
+from swinfast.kernels.gate import job_of, measure, problems
+from swinfast.kernels.launch import record
+
+
+def empty(*shape, dtype=torch.float16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+for arch in ("sm_80", "sm_89", "sm_90"):
+    for channels, head_dim, stream in ((96, 48, torch.float32), (1024, 64, torch.float16)):
+        heads = channels // head_dim
+        with torch.no_grad(), record(arch) as launches:
+            attention_parts(
+                empty(1, 16, 16, channels, dtype=stream), empty(3 * channels, channels), empty(3 * channels),
+                empty(heads, dtype=stream), empty(4, heads, 64, 64), empty(channels, channels), empty(channels),
+                [8, 8], [4, 4],
+            )
+        job = job_of(launches[-1], arch, "float16")
+        if found := problems(job, measure(job)):
+            print(arch, channels, head_dim, found)
+"""
+
 OVERLAPPED = """
 from swinfast.kernels import configs
 from swinfast.kernels.gate import job_of, measure, problems
@@ -179,6 +204,13 @@ def test_every_shape_is_fit(gate, options):
 def test_windows_of_other_sizes_compile(gate):
     """The published models have few; the interpreter minds no types, so only a compiler finds what they break."""
     done = gate("-c", WINDOWS)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == ""
+
+
+def test_wide_heads_do_not_spill(gate):
+    """No published model has any: their heads are of 32 channels."""
+    done = gate("-c", WIDE_HEADS)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == ""
 
