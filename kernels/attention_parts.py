@@ -16,7 +16,7 @@ from torch import Tensor
 from .configs import config
 from .heads import head_of_window, prepared
 from .launch import arch_of, check, check_vectors, launch, operator, precision_name
-from .tiles import begin, dot, load_transposed
+from .tiles import begin, store_part
 
 
 @triton.jit(do_not_specialize=["height", "width", "windows_h", "windows_w"])
@@ -62,14 +62,8 @@ def _attention_parts_kernel(
     WHOLE: tl.constexpr = HEAD_DIM == BLOCK_D
     if WHOLE:  # in a run, which the compiler doesn't see
         k = tl.max_contiguous(tl.multiple_of(k, BLOCK_D), BLOCK_D)
-    first_head = head == 0
-    for start in range(0, C, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        bias = tl.load(proj_bias + column, mask=(column < C) & first_head, other=0.0).to(tl.float32)
-        w = load_transposed(proj_weight, column, k, C, C, WHOLE and C % BLOCK_N == 0)
-        part = dot(attended, w, tl.broadcast_to(bias[None, :], (SLOTS, BLOCK_N)), PRECISION)
-        places = (out + offset * HEADS + head * C)[:, None] + column[None, :]
-        tl.store(places, part, mask=inside[:, None] & (column < C)[None, :])
+    rows = out + offset * HEADS + head * C
+    store_part(attended, proj_weight, k, proj_bias, head == 0, rows, inside, C, C, WHOLE, PRECISION, BLOCK_N)
 
 
 @operator

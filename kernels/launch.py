@@ -184,6 +184,22 @@ def check_extra_norm(channels: int, like: Tensor, extra_weight: Tensor | None, e
     return extra_weight is not None
 
 
+def check_mlp(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+) -> tuple[int, int, int]:
+    """Check an MLP's input [..., C] and weights; (rows of x, units of the hidden layer, C)."""
+    check("fc1_weight", fc1_weight, (None, None))
+    hidden, channels = fc1_weight.shape
+    check("x", x, (*x.shape[:-1], channels))
+    check_weight("fc1_weight", fc1_weight, (hidden, channels), x)
+    check_vectors(hidden, fc1_weight, fc1_bias=fc1_bias)
+    check("fc2_weight", fc2_weight, (channels, hidden), like=fc1_weight)
+    check_vectors(channels, fc1_weight, fc2_bias=fc2_bias)
+    rows = x.numel() // channels
+    check_rows("x", rows)
+    return rows, hidden, channels
+
+
 def check_rows(name: str, rows: int) -> None:
     """Refuse more rows than 32-bit row numbers can count."""
     if isinstance(rows, int) and rows > LARGEST_ROWS:  # a symbolic number is checked when it is known

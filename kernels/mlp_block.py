@@ -15,11 +15,9 @@ from torch import Tensor
 from .configs import at_most, cdiv, config, row_tiles
 from .launch import (
     arch_of,
-    check,
     check_extra_norm,
-    check_rows,
+    check_mlp,
     check_vectors,
-    check_weight,
     launch,
     operator,
     precision,
@@ -188,17 +186,9 @@ def mlp_block(
     Raises:
         ValueError: A tensor of another shape, dtype or device, or not contiguous.
     """
-    check("fc1_weight", fc1_weight, (None, None))
-    hidden, channels = fc1_weight.shape
-    check("x", x, (*x.shape[:-1], channels))
-    check_weight("fc1_weight", fc1_weight, (hidden, channels), x)
-    check_vectors(hidden, fc1_weight, fc1_bias=fc1_bias)
-    check("fc2_weight", fc2_weight, (channels, hidden), like=fc1_weight)
-    check_vectors(channels, fc1_weight, fc2_bias=fc2_bias)
+    rows, hidden, channels = check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     check_vectors(channels, x, norm_weight=norm_weight, norm_bias=norm_bias)
     has_extra = check_extra_norm(channels, x, extra_weight, extra_bias)
-    rows = x.numel() // channels
-    check_rows("x", rows)
     out = torch.empty_like(x)
     chosen = config(
         "mlp_block",

@@ -16,16 +16,13 @@ from torch import Tensor
 from .configs import cdiv, config
 from .launch import (
     arch_of,
-    check,
-    check_rows,
-    check_vectors,
-    check_weight,
+    check_mlp,
     launch,
     operator,
     precision,
     precision_name,
 )
-from .tiles import begin, dot, gelu, in_each_row, load_transposed
+from .tiles import begin, dot, gelu, in_each_row, load_transposed, store_part
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -67,14 +64,10 @@ def _mlp_parts_kernel(
             tile, load_transposed(fc1_weight, unit, k, HIDDEN, C, WHOLE and C % BLOCK_K == 0), hidden, PRECISION
         )
     activated = gelu(hidden, EXACT_GELU).to(dtype)
-    first_part = part == 0
-    for start in range(0, C, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        bias = tl.load(fc2_bias + column, mask=(column < C) & first_part, other=0.0).to(tl.float32)
-        w = load_transposed(fc2_weight, column, unit, C, HIDDEN, WHOLE and C % BLOCK_N == 0)
-        added = dot(activated, w, tl.broadcast_to(bias[None, :], (BLOCK_M, BLOCK_N)), PRECISION)
-        places = (out + (row * PARTS + part) * C)[:, None] + column[None, :]
-        tl.store(places, added, mask=inside[:, None] & (column < C)[None, :])
+    rows_of_part = out + (row * PARTS + part) * C
+    store_part(
+        activated, fc2_weight, unit, fc2_bias, part == 0, rows_of_part, inside, C, HIDDEN, WHOLE, PRECISION, BLOCK_N
+    )
 
 
 @operator
@@ -92,14 +85,7 @@ def mlp_parts(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tenso
     Raises:
         ValueError: A tensor of another shape, dtype or device, or not contiguous.
     """
-    check("fc1_weight", fc1_weight, (None, None))
-    hidden, channels = fc1_weight.shape
-    check("x", x, (*x.shape[:-1], channels))
-    check_weight("fc1_weight", fc1_weight, (hidden, channels), x)
-    check_vectors(hidden, fc1_weight, fc1_bias=fc1_bias)
-    check("fc2_weight", fc2_weight, (channels, hidden), like=fc1_weight)
-    check_vectors(channels, fc1_weight, fc2_bias=fc2_bias)
-    rows = x.numel() // channels
+    rows, hidden, channels = check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     chosen = config(
         "mlp_parts",
         arch_of(x.device),
@@ -108,7 +94,6 @@ def mlp_parts(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tenso
         stream_bytes=x.element_size(),  # not rows: there are as many parts in a graph for any number of them
     )
     parts = cdiv(hidden, chosen.blocks["BLOCK_HIDDEN"])
-    check_rows("x", rows)
     out = torch.empty((*x.shape[:-1], parts, channels), dtype=torch.float32, device=x.device)
     launch(
         _mlp_parts_kernel,

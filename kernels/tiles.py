@@ -88,6 +88,24 @@ def load_transposed(weight, n, k, N: tl.constexpr, K: tl.constexpr, WHOLE: tl.co
 
 
 @triton.jit
+def store_part(
+    tile, weight, k, bias, with_bias, rows, inside,
+    C: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store in float32 what a tile, columns k of a matrix [rows, K], adds to the matrix times W^T + b, W [C, K].
+
+    rows: pointers to the starts of rows of the result; inside: which of them exist; the bias [C] is added with_bias;
+    WHOLE says that all of k are below K.
+    """
+    for start in range(0, C, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        added = tl.load(bias + column, mask=(column < C) & with_bias, other=0.0).to(tl.float32)
+        w = load_transposed(weight, column, k, C, K, WHOLE and C % BLOCK_N == 0)
+        part = dot(tile, w, tl.broadcast_to(added[None, :], (tile.shape[0], BLOCK_N)), PRECISION)
+        tl.store(rows[:, None] + column[None, :], part, mask=inside[:, None] & (column < C)[None, :])
+
+
+@triton.jit
 def zeros(ROWS: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr):
     tiles = ()
     for i in tl.static_range(COUNT):

@@ -20,6 +20,8 @@ import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from swinfast.kernels import configs, launch
+from swinfast.kernels.window_attention import padded_size
+from swinfast.kernels.windows import arranged, slots
 from swinfast.reference import ops
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -59,6 +61,14 @@ PHASES = [phase for phase in Phase if phase is not Phase.shrink or DEVICE.type =
 few_examples = settings(derandomize=True, database=None, deadline=None, max_examples=20, phases=PHASES)
 
 
+@st.composite
+def windows_and_heads(draw: st.DrawFn, most_heads: int) -> tuple:
+    """Cases as in WINDOWS_IN_A_TILE."""
+    size, window = (draw(st.tuples(*[st.integers(1, largest)] * 2)) for largest in (9, 7))
+    shift = tuple(draw(st.integers(0, extent - 1)) for extent in window)
+    return draw(st.integers(1, 2)), size, window, shift, draw(st.integers(1, most_heads)), draw(st.integers(4, 20))
+
+
 class Draw:
     """Random tensors of a dtype, the same on every device."""
 
@@ -90,17 +100,23 @@ class Draw:
         shift: tuple[int, int],
         heads: int,
         head_dim: int,
-        padded_size: Iterable[int],
+        layout: str = "arranged",
     ) -> Arguments:
-        """Tokens, the qkv projection, and what cosine attention in windows takes, the table as cpb_bias gives it."""
+        """Tokens, the qkv projection, and what cosine attention in windows takes.
+
+        layout: Of the table, "arranged" as attention_block takes it, or in "rows" as window_attention does.
+        """
         channels = heads * head_dim
         scale = self(heads, mean=math.log(10), std=0.5)
         scale[1:2] = 8  # far above the clamp
+        in_order = layout == "arranged"
+        padded = [slots(window)] * 2 if in_order else padded_size(DEVICE, self.dtype, window, head_dim)
+        table = table_of(self.position_bias(window, shift, heads), shift, padded, self.dtype)
         return {
             "x": self(batch, *size, channels),
             **self.linear(channels, 3 * channels, "qkv_"),
             "logit_scale": scale,
-            "table": table_of(self.position_bias(window, shift, heads), shift, padded_size, self.dtype),
+            "table": arranged(table) if in_order else table,
         }
 
     def position_bias(self, window: tuple[int, int], shift: tuple[int, int], heads: int) -> Tensor:

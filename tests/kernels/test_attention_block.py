@@ -5,7 +5,6 @@ from unittest import mock
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from kernel_helpers import (
     DEVICE,
     DTYPES,
@@ -30,6 +29,7 @@ from kernel_helpers import (
     mutant,
     odd_dtypes,
     run,
+    windows_and_heads,
 )
 from swinfast.kernels import attention_block as module
 from swinfast.kernels import tiles, windows
@@ -41,10 +41,9 @@ CASES = WINDOWS_IN_A_TILE
 
 def arguments(batch, size, window, shift, heads, head_dim, dtype=torch.float32):
     draw, channels = Draw(dtype), heads * head_dim
-    args = draw.attention(batch, size, window, shift, heads, head_dim, [windows.slots(window)] * 2)
+    args = draw.attention(batch, size, window, shift, heads, head_dim)
     return {
         **args,
-        "table": windows.arranged(args["table"]),
         **draw.linear(channels, channels, "proj_"),
         **draw.norm(channels),
         "window_size": list(window),
@@ -101,15 +100,8 @@ def test_images_of_a_program_are_independent():
         assert (run(module.attention_block, args) - alone).abs().max() < 1e-5
 
 
-@st.composite
-def cases(draw):
-    size, window = (draw(st.tuples(*[st.integers(1, largest)] * 2)) for largest in (9, 7))
-    shift = tuple(draw(st.integers(0, extent - 1)) for extent in window)
-    return draw(st.integers(1, 2)), size, window, shift, draw(st.integers(1, 3)), draw(st.integers(4, 20))
-
-
 @few_examples
-@given(cases(), odd_dtypes)
+@given(windows_and_heads(3), odd_dtypes)
 def test_odd_shapes(case, dtype):
     check(module.attention_block, reference, arguments(*case, dtype), dtype)
 

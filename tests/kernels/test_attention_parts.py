@@ -3,9 +3,7 @@
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from kernel_helpers import (
-    DEVICE,
     DTYPES,
     WINDOWS_IN_A_TILE,
     Draw,
@@ -29,11 +27,10 @@ from kernel_helpers import (
     mutant,
     odd_dtypes,
     run,
+    windows_and_heads,
 )
 from swinfast.kernels import attention_parts as module
 from swinfast.kernels import heads, tiles
-from swinfast.kernels.window_attention import padded_size
-from swinfast.kernels.windows import arranged, slots
 from swinfast.reference import ops
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN in the interpreter
@@ -42,15 +39,10 @@ whole = added_up(module.attention_parts)
 
 
 def arguments(batch, size, window, shift, heads, head_dim, dtype=torch.float32, layout="arranged"):
-    padded = [slots(window)] * 2 if layout == "arranged" else padded_size(DEVICE, dtype, window, head_dim)
-    args = Draw(dtype).attention(batch, size, window, shift, heads, head_dim, padded)
-    args["table"] = arranged(args["table"]) if layout == "arranged" else args["table"]
-    channels = heads * head_dim
-    return (
-        args
-        | Draw(dtype, 1).linear(channels, channels, "proj_")
-        | {"window_size": list(window), "shift_size": list(shift)}
-    )
+    draw, channels = Draw(dtype), heads * head_dim
+    args = draw.attention(batch, size, window, shift, heads, head_dim, layout)
+    args |= draw.linear(channels, channels, "proj_")
+    return args | {"window_size": list(window), "shift_size": list(shift)}
 
 
 def reference(x, qkv_weight, qkv_bias, logit_scale, table, proj_weight, proj_bias, window_size, shift_size):
@@ -83,15 +75,8 @@ def test_a_part_is_what_a_head_adds():
         torch.testing.assert_close(parts[..., head, :].double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@st.composite
-def cases(draw):
-    size, window = (draw(st.tuples(*[st.integers(1, largest)] * 2)) for largest in (9, 7))
-    shift = tuple(draw(st.integers(0, extent - 1)) for extent in window)
-    return draw(st.integers(1, 2)), size, window, shift, draw(st.integers(1, 3)), draw(st.integers(4, 20))
-
-
 @few_examples
-@given(cases(), odd_dtypes)
+@given(windows_and_heads(3), odd_dtypes)
 def test_odd_shapes(case, dtype):
     check(whole, reference, arguments(*case, dtype), dtype)
 
@@ -131,16 +116,16 @@ def test_errors():
 
 # fmt: off
 MUTANTS = {
-    "no bias": ("several images", "mask=(column < C) & first_head", "mask=(column < 0)"),
-    "a bias with each head": ("several images", " & first_head", ""),
+    "no bias": ("several images", tiles, "mask=(column < C) & with_bias", "mask=(column < 0)"),
+    "a bias with each head": ("several images", tiles, " & with_bias", ""),
     "another head's weights":
-        ("several images", "k = head * HEAD_DIM", "k = (HEADS - 1 - head) * HEAD_DIM"),
-    "another head's part": ("several images", "+ head * C)", "+ (HEADS - 1 - head) * 0 * C)"),
-    "the first channels alone": ("padded", "range(0, C, BLOCK_N)", "range(0, C - BLOCK_N, BLOCK_N)"),
-    "channels past the last": ("padded", " & (column < C)[None, :])", ")"),
-    "padded tokens not masked": ("padded", "mask=inside[:, None]", "mask=(inside | True)[:, None]"),
+        ("several images", module, "k = head * HEAD_DIM", "k = (HEADS - 1 - head) * HEAD_DIM"),
+    "another head's part": ("several images", module, "+ head * C", "+ 0 * head * C"),
+    "the first channels alone": ("padded", tiles, "range(0, C, BLOCK_N)", "range(0, C - BLOCK_N, BLOCK_N)"),
+    "channels past the last": ("padded", tiles, "inside[:, None] & (column < C)[None, :])", "inside[:, None])"),
+    "padded tokens not masked": ("padded", tiles, "part, mask=inside[:, None]", "part, mask=(inside | True)[:, None]"),
     "attention rounded twice":
-        ("several images", "attended = attended.to", "attended = attended.to(tl.bfloat16).to"),
+        ("several images", module, "attended = attended.to", "attended = attended.to(tl.bfloat16).to"),
 }
 # fmt: on
 
@@ -149,7 +134,7 @@ MUTANTS = {
 def test_mutants_fail(name, tmp_path):
     case, *change = MUTANTS[name]
     with blocks(BLOCK_K=16, BLOCK_N=16):
-        wrong = mutant(tmp_path, module, module, *change).attention_parts
+        wrong = mutant(tmp_path, module, *change).attention_parts
         assert_fails(added_up(wrong), reference, arguments(*CASES[case]))
 
 

@@ -111,17 +111,18 @@ MUTANTS = {
     "no GELU": ("tiny", module, "gelu(hidden, EXACT_GELU)", "hidden"),
     "GELU by tanh": ("tiny", module, "gelu(hidden, EXACT_GELU)", "gelu(hidden, False)"),
     "no bias of fc1": ("tiny", module, "unit, HIDDEN, BLOCK_M, WHOLE)", "unit, HIDDEN, BLOCK_M, WHOLE) * 0"),
-    "no bias of fc2": ("tiny", module, "mask=(column < C) & first_part", "mask=column < 0"),
-    "a bias with each part": ("tiny", module, " & first_part", ""),
+    "no bias of fc2": ("tiny", tiles, "mask=(column < C) & with_bias", "mask=column < 0"),
+    "a bias with each part": ("tiny", tiles, " & with_bias", ""),
     "the first channels alone": ("tiny", module, "range(0, C, BLOCK_K)", "range(0, C - BLOCK_K, BLOCK_K)"),
-    "the first columns alone": ("tiny", module, "range(0, C, BLOCK_N)", "range(0, C - BLOCK_N, BLOCK_N)"),
+    "the first columns alone": ("tiny", tiles, "range(0, C, BLOCK_N)", "range(0, C - BLOCK_N, BLOCK_N)"),
     "one part over another": ("tiny", module, "row * PARTS + part", "row * PARTS + 0 * part"),
     "another chunk's rows": ("tiny", module, "unit = part * BLOCK_HIDDEN", "unit = 0 * BLOCK_HIDDEN"),
     "the first rows again":
         ("tiny", module, "tl.program_id(0) // PARTS * BLOCK_M", "tl.program_id(0) // PARTS * 0"),
     "rows not masked": ("no power of two", module, "inside = row < rows", "inside = row < rows + 1"),
     "channel tail of x": ("no power of two", module, "if C % BLOCK_K != 0:", "if False:"),
-    "channel tail of the result": ("no power of two", module, " & (column < C)[None, :])", ")"),
+    "channel tail of the result":
+        ("no power of two", tiles, "inside[:, None] & (column < C)[None, :])", "inside[:, None])"),
     "edges of weights not masked": ("no power of two", tiles, "if WHOLE:", "if True:"),
 }
 # fmt: on

@@ -27,12 +27,11 @@ from kernel_helpers import (
     mutant,
     odd_dtypes,
     run,
+    windows_and_heads,
 )
 from swinfast.kernels import heads, tiles, windows
 from swinfast.kernels import qkv_attention as module
 from swinfast.kernels.configs import Config, override
-from swinfast.kernels.window_attention import padded_size
-from swinfast.kernels.windows import arranged, slots
 from swinfast.reference import ops
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN in the interpreter
@@ -42,14 +41,8 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def arguments(batch, size, window, shift, heads, head_dim, dtype=torch.float32, layout="rows"):
-    padded = [slots(window)] * 2 if layout == "arranged" else padded_size(DEVICE, dtype, window, head_dim)
-    args = Draw(dtype).attention(batch, size, window, shift, heads, head_dim, padded)
-    return {
-        **args,
-        "table": arranged(args["table"]) if layout == "arranged" else args["table"],
-        "window_size": list(window),
-        "shift_size": list(shift),
-    }
+    args = Draw(dtype).attention(batch, size, window, shift, heads, head_dim, layout)
+    return args | {"window_size": list(window), "shift_size": list(shift)}
 
 
 def reference(x, qkv_weight, qkv_bias, logit_scale, table, window_size, shift_size):
@@ -74,15 +67,8 @@ def test_tables_of_fewer_queries_and_keys_than_slots(dtype):
         check(module.qkv_attention, reference, args, dtype)
 
 
-@st.composite
-def cases(draw):
-    size, window = (draw(st.tuples(*[st.integers(1, largest)] * 2)) for largest in (9, 7))
-    shift = tuple(draw(st.integers(0, extent - 1)) for extent in window)
-    return draw(st.integers(1, 2)), size, window, shift, draw(st.integers(1, 3)), draw(st.integers(4, 20))
-
-
 @few_examples
-@given(cases(), odd_dtypes, st.sampled_from(LAYOUTS))
+@given(windows_and_heads(3), odd_dtypes, st.sampled_from(LAYOUTS))
 def test_odd_shapes(case, dtype, layout):
     check(module.qkv_attention, reference, arguments(*case, dtype, layout), dtype)
 

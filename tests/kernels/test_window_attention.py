@@ -6,7 +6,6 @@ from unittest import mock
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from kernel_helpers import (
     DEVICE,
     DTYPES,
@@ -26,6 +25,7 @@ from kernel_helpers import (
     mutant,
     odd_dtypes,
     table_of,
+    windows_and_heads,
 )
 from swinfast.kernels import window_attention as module
 from swinfast.kernels import windows
@@ -82,15 +82,8 @@ def test_blocks(block_m, block_n):
             check(module.window_attention, reference, arguments(*CASES[name]), torch.float32)
 
 
-@st.composite
-def cases(draw):
-    size, window = (draw(st.tuples(*[st.integers(1, largest)] * 2)) for largest in (9, 7))
-    shift = tuple(draw(st.integers(0, extent - 1)) for extent in window)
-    return draw(st.integers(1, 2)), size, window, shift, draw(st.integers(1, 2)), draw(st.integers(4, 20))
-
-
 @few_examples
-@given(cases(), odd_dtypes)
+@given(windows_and_heads(2), odd_dtypes)
 def test_odd_shapes(case, dtype):
     check(module.window_attention, reference, arguments(*case, dtype), dtype)
 
