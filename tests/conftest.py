@@ -11,6 +11,9 @@ import torch
 
 if not torch.cuda.is_available():  # before Triton is imported: kernels then run on the CPU, in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
+    from quick_interpreter import quicken
+
+    quicken()
 
 from graph_captures import DEVICE, Captures
 from helpers import randomise, write_image

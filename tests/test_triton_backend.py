@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 import swinfast
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-QUICK = ("square", "not square", "padded, odd grids", "window larger than the map", "shift on one axis", "extra norms")
 LAUNCH_NOTHING = {"aten::empty", "aten::as_strided_"}
 TINY = SMALL | {"img_size": 32, "window_size": 4}
 
@@ -48,23 +47,14 @@ def assert_passes(model, fast, images):
     assert outcome.passed, outcome
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
-)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_options(timm, name):
     model = make(timm, OPTIONS[name], "timm")
     assert_passes(model, optimised(model), images_for(OPTIONS[name]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "square",
-        "padded, odd grids",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("extra norms", "head_dim 44")),
-    ],
-)
+@pytest.mark.parametrize("name", ["square", "padded, odd grids", "extra norms", "head_dim 44"])
 def test_dtypes(timm, name, dtype):
     model = make(timm, OPTIONS[name], "reference")
     assert_passes(model, optimised(model, dtype=dtype), images_for(OPTIONS[name]))
@@ -86,7 +76,6 @@ def test_features_only(timm):
     assert_passes(model, optimised(model), random_images(2, 3, 64, 64))
 
 
-@pytest.mark.slow
 def test_dynamic_sizes_through_one_model(timm):
     model = make(timm, OPTIONS["dynamic"], "timm")
     fast = optimised(model)
