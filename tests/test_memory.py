@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import swinfast
+from swinfast.calls import kind_of
 
 BATCH = 256
 
@@ -57,20 +58,28 @@ def test_live_bytes():
     assert peak(forward, torch.empty(1024, device="meta")) == 16 << 10
 
 
-@pytest.mark.parametrize("name", ["swinv2_cr_tiny_ns_224", "swinv2_cr_base_ns_224", "swinv2_cr_tiny_384"])
-def test_at_most_a_third_of_the_plain_models(timm, name):
-    """The Triton backend without a graph, as it is at this batch size: its chunks, and what dies when."""
+@pytest.mark.parametrize(
+    ("name", "in_a_graph"),
+    [("swinv2_cr_tiny_ns_224", True), ("swinv2_cr_base_ns_224", False), ("swinv2_cr_tiny_384", False)],
+)
+def test_at_most_a_third_of_the_plain_models(timm, name, in_a_graph):
+    """The Triton backend, its chunks, and what dies when; a graph, which spans one chunk, keeps a copy of the images."""
     with torch.device("meta"):
         model = timm.create_model(name).eval().half()
     fast = swinfast.optimize(model, backend="triton")
     images = torch.empty(BATCH, 3, *model.img_size, device="meta", dtype=torch.float16)
+    plan, kind = fast.plan(), kind_of(images)
+    tables = fast.tables(plan, kind)  # made once
 
-    def forward(images):
+    def part_by_part(images):
         x = fast.patch_embed(images)
-        return fast.forward_head(fast.stages.fused_forward(fast.stages.plan(), x))
+        return fast.forward_head(fast.stages.fused_forward(plan.stages, x))
 
-    forward(images[:1])  # tables are made once
-    assert 0 < peak(forward, images) <= peak(model, images) / 3
+    third = peak(model, images) / 3
+    assert 0 < peak(part_by_part, images) <= third
+    assert plan.graph_pays(images) is in_a_graph
+    if in_a_graph:
+        assert 0 < images.nbytes + peak(fast._compute, plan, tables, images) <= third
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
