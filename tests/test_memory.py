@@ -63,7 +63,7 @@ def test_live_bytes():
     [("swinv2_cr_tiny_ns_224", True), ("swinv2_cr_base_ns_224", False), ("swinv2_cr_tiny_384", False)],
 )
 def test_at_most_a_third_of_the_plain_models(timm, name, in_a_graph):
-    """The Triton backend, its chunks, and what dies when; a graph, which spans one chunk, keeps a copy of the images."""
+    """The Triton backend, its parts, and what dies when; a graph, which spans one part, keeps a copy of the images."""
     with torch.device("meta"):
         model = timm.create_model(name).eval().half()
     fast = swinfast.optimize(model, backend="triton")
