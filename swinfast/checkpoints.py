@@ -1,5 +1,6 @@
 """Checkpoints: read a file, whatever it is, into a state_dict; load it whole or not at all."""
 
+import argparse
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, with_classifier: bool
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: The file can't be read, or its keys or shapes differ from the model's.
+        CheckpointError: The file can't be read, its keys or shapes differ from the model's, or it holds other numbers
+            than floating-point ones.
     """
     state = read_checkpoint(path)
     if not with_classifier:
@@ -50,12 +52,22 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
         for key in expected
         if key in state and state[key].shape != expected[key].shape
     ]
-    found = {"missing": missing, "unexpected": unexpected, "wrong shape": shapes}
+    kinds = [f"{key} is {_kind_of(state[key])}" for key in expected if key in state and _kind_of(state[key])]
+    found = {"missing": missing, "unexpected": unexpected, "wrong shape": shapes, "no plain numbers": kinds}
     if any(found.values()):
         lists = "".join(f"\n  {name} ({len(keys)}): {', '.join(keys)}" for name, keys in found.items() if keys)
         raise CheckpointError(f"{source} does not fit {type(model).__name__}:{lists}")
     on_meta = any(value.is_meta for value in expected.values())  # there is nothing to copy into
     model.load_state_dict(state, assign=on_meta)
+
+
+def _kind_of(value: Tensor) -> str:
+    """What a tensor is whose values are no floating-point numbers in memory, "" for one whose are."""
+    if value.layout != torch.strided:
+        return str(value.layout)
+    if value.is_meta:
+        return "without values, on meta"
+    return "" if value.is_floating_point() else str(value.dtype)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -88,7 +100,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments that timm's training keeps
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is no PyTorch checkpoint of plain tensors: it is something else, damaged, or holds Python "

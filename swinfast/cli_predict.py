@@ -24,7 +24,7 @@ from .exit_codes import INTERRUPTED, OK, SOME_FAILED
 from .files import check_writable
 from .labels import LABEL_TYPES, imagenet_labels
 from .measurements import DTYPES
-from .models import CONFIG_FILE, create_model
+from .models import CONFIG_FILE, LARGEST, create_model
 from .pipeline import Pipeline, resolve_device
 from .predict import STORED, Embedder, Failure, FeatureExtractor, Prediction, Predictor
 from .results import table
@@ -60,7 +60,7 @@ def _image_options(add: Callable[..., Any]) -> None:
 def _model_options(add: Callable[..., Any]) -> None:
     add("--model", default="swinv2_cr_tiny_ns_224", help="name or folder of a model (default: %(default)s)")
     add("--checkpoint", default="", metavar="FILE", help="weights (default: the folder's, or the published ones)")
-    add("--num-classes", type=int, metavar="N", help="classes of the checkpoint, where not the model's own")
+    add("--num-classes", type=_classes, metavar="N", help="classes of the checkpoint, where not the model's own")
     add("--dtype", choices=DTYPES, default="float32", help="to compute in (default: %(default)s)")
     add("--backend", choices=CHOICES, default="auto", help="what computes (default: %(default)s)")
 
@@ -103,6 +103,13 @@ def _features_options(command: argparse.ArgumentParser, add: Callable[..., Any])
     add("--output", required=True, metavar="FILE", help="a .npy file (one for each stage) or a .parquet file")
     add("--stages", type=int, nargs="+", metavar="N", help="from 0, or from the end with -1 (default: all)")
     add("--stored", choices=STORED, default="float32", help="dtype in the file (default: %(default)s)")
+
+
+def _classes(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= LARGEST:
+        raise argparse.ArgumentTypeError(f"must be a number of classes, got {text}")
+    return number
 
 
 def _batch_size(text: str) -> int | str:

@@ -1,6 +1,7 @@
 """Names of classes."""
 
 import importlib.util
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -46,8 +47,14 @@ def imagenet_labels(label_type: str = "description") -> tuple[str, ...]:
 
 
 def labels_of(model: nn.Module, classes: int) -> tuple[str, ...]:
-    """The model's own ``label_names``, ImageNet's for 1000 classes, or else the class numbers."""
-    names = tuple((getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ())
+    """The model's own ``label_names``, ImageNet's for 1000 classes, or else the class numbers.
+
+    Names may come by class number, as timm has them where some are missing; JSON makes strings of the numbers.
+    """
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+    if isinstance(names, Mapping):
+        names = [names.get(number, names.get(str(number), number)) for number in range(classes)]
+    names = tuple(map(str, names))
     if len(names) == classes:
         return names
     return imagenet_labels() if classes == 1000 else tuple(map(str, range(classes)))

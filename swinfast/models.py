@@ -57,7 +57,8 @@ def create_model(
         RuntimeError: There are no published weights, or they can't be downloaded.
     """
     folder = Path(name)
-    if (folder / CONFIG_FILE).is_file():
+    from_folder = (folder / CONFIG_FILE).is_file()
+    if from_folder:
         architecture, arguments, config = _read_folder(folder)
         pretrained, checkpoint_path = False, checkpoint_path or folder / WEIGHTS_FILE
     else:
@@ -71,7 +72,12 @@ def create_model(
     if pretrained and checkpoint_path:
         raise ValueError(f"pretrained=True and checkpoint_path={str(checkpoint_path)!r} are two sources of weights")
 
-    model = SwinTransformerV2Cr(**arguments)
+    try:
+        model = SwinTransformerV2Cr(**arguments)
+    except (TypeError, IndexError, AttributeError, OverflowError) as error:
+        if not from_folder:
+            raise
+        raise ValueError(f"{folder / CONFIG_FILE} has model_args that make no model: {error}") from error
     keep_classifier = model.num_classes > 0 and not features_only
     if pretrained:
         _load_pretrained(model, config)
@@ -132,7 +138,9 @@ def _check_entries(file: Path, entries: Mapping[str, Any]) -> None:
 
 
 def _is(kind: Any, value: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, kind):
+        return False
+    return not isinstance(value, NUMBER) or abs(value) <= LARGEST
 
 
 def _is_list(kind: Any, value: Any) -> bool:
@@ -140,6 +148,7 @@ def _is_list(kind: Any, value: Any) -> bool:
 
 
 NUMBER = int | float
+LARGEST = 2**31 - 1  # number that makes sense; JSON's have no end
 ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "input_size": ("a list of three whole numbers", lambda value: _is_list(int, value) and len(value) == 3),
     "mean": ("a list of numbers", lambda value: _is_list(NUMBER, value)),

@@ -1,6 +1,5 @@
 """What Predictor, Embedder and FeatureExtractor share: a model, how images are prepared for it, where it computes."""
 
-import operator
 import os
 import sys
 import warnings
@@ -14,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapters import DTYPES
+from .adapters import DTYPES, HOOKS, class_of, is_classifier, methods, patches
+from .arguments import whole_number
 from .batch import engine
 from .batch.compute import Arrays, Compute, find_batch_size
 from .batch.decode import usable_cores
@@ -27,6 +27,7 @@ from .fused import FusedPatchEmbed
 from .optimize import optimize
 from .pixels import Crop
 from .preprocess import transform_of
+from .watch import WATCHED
 
 MOST_WORKERS = 32  # started without being asked for
 
@@ -181,12 +182,21 @@ class Pipeline:
 
     def _prepared(self, images: Tensor) -> Tensor:
         """uint8 images as they are, where the patch embedding normalises them on their way; else normalised."""
-        if any(isinstance(module, FusedPatchEmbed) and not module.plan().reason for module in self.model.modules()):
+        if self._takes_pixels():
             return images
         mean, std = (
             images.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (self.transform.mean, self.transform.std)
         )
         return images.float().div(255).sub(mean).div(std).to(next(self.model.parameters()).dtype)
+
+    def _takes_pixels(self) -> bool:
+        """Whether the model is one that does nothing with images before its patch embedding, which is replaced."""
+        model, embed = self.model, self.model._modules.get("patch_embed")
+        if not is_classifier(class_of(model)) or not isinstance(embed, FusedPatchEmbed) or embed.plan().reason:
+            return False
+        patched = any(name in model.__dict__ for name in methods(class_of(model)))
+        hooked = model._forward_pre_hooks or embed._forward_pre_hooks
+        return not (patched or hooked or next(patches(model), None))
 
     def _probe(self) -> None:
         """Compute one black image."""
@@ -210,13 +220,24 @@ class Pipeline:
         return find_batch_size(self._outputs, self.crop.shape, self.device)
 
     def _digest(self) -> str:
-        """Of the weights and of what the model is made of."""
+        """Of the weights, of what the model is made of, and of the names of what was hung onto it."""
         digest = blake2b(digest_size=16)
         for name, value in self.model.state_dict().items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        digest.update(repr(self.model).encode())
+        for name, module in self.model.named_modules():
+            cls, own = class_of(module), module.__dict__
+            settings = {key: own[key] for key in WATCHED if key in own}
+            hooks = [[_name_of(hook) for hook in own[kind].values()] for kind in HOOKS]
+            patched = {key: _name_of(own[key]) for key in methods(cls) if key in own}
+            digest.update(repr((name, _name_of(cls), module.extra_repr(), settings, hooks, patched)).encode())
         return digest.hexdigest()
+
+
+def _name_of(function: Any) -> str:
+    """The same in every process."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def crop_of(model: nn.Module, draft: bool = False) -> Crop:
@@ -227,19 +248,6 @@ def crop_of(model: nn.Module, draft: bool = False) -> Crop:
 def as_images(images: Images | str | Path | Iterable[str | Path]) -> Images:
     """Images from one path or several; TypeError for something else than paths."""
     return images if isinstance(images, Images) else Images(tuple(_paths("images", images)))
-
-
-def whole_number(name: str, value: Any, least: int, expected: str = "a whole number") -> int:
-    """An argument of any integral type but bool; ValueError for another or one that is less than it may be."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
-    return number
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

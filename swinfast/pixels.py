@@ -5,10 +5,11 @@ It needs Pillow alone, so that a process which does nothing but decode starts fa
 
 import io
 import math
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 Size = tuple[int, int]
 Source = str | Path | bytes | tuple[str, int, int]  # a file, its bytes, or (archive, offset, size) of a file in it
@@ -48,6 +49,8 @@ class Crop:
         """Decode an image file; raises OSError (or Pillow's own errors) where it can't be read."""
         if isinstance(source, tuple):
             source = _read_span(*source)
+        elif not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):
+            raise OSError("no regular file")  # to read a pipe could take for ever
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if self.draft:
                 image.draft(self.mode, self._resized((image.height, image.width))[::-1])
@@ -73,11 +76,11 @@ class Crop:
 
         The same but for rounding, and for overshoots, which Pillow clips after either of its two passes.
         """
-        (height, width), (whole_height, whole_width) = self.size, resized
+        (height, width), (whole_height, whole_width) = map(min, self.size, resized), resized
         top, left = round((whole_height - height) / 2.0), round((whole_width - width) / 2.0)
         x, y = image.width / whole_width, image.height / whole_height
         box = (left * x, top * y, (left + width) * x, (top + height) * y)
-        return image.resize((width, height), self._filter, box=box)
+        return _center_crop(image.resize((width, height), self._filter, box=box), self.size)
 
     def _resized(self, size: Size) -> Size:
         """(H, W) after resizing: the shorter side to size / crop_pct for square crops, else to cover both sides."""
@@ -88,6 +91,16 @@ class Crop:
             return (scaled[0], long) if size[0] <= size[1] else (long, scaled[0])
         ratio = min(side / target for side, target in zip(size, scaled, strict=True))
         return tuple(round(side / ratio) for side in size)
+
+
+def pillow_settings() -> tuple[int | None, bool]:
+    """What a program may have changed of how Pillow reads files."""
+    return Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def set_pillow(settings: tuple[int | None, bool]) -> None:
+    """As pillow_settings said in another process."""
+    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = settings
 
 
 def _read_span(archive: str, offset: int, size: int) -> bytes:

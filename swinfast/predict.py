@@ -1,5 +1,6 @@
 """Images through a model: Predictor for classes, Embedder for embeddings, FeatureExtractor for feature maps."""
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import whole_number
 from .batch.compute import Arrays
 from .batch.formats import ARRAYS, PREDICTIONS, Layout
 from .batch.sources import Images, find_images
 from .labels import imagenet_labels, labels_of
-from .pipeline import Pipeline, resolve_device, whole_number
+from .pipeline import Pipeline, resolve_device
 
 __all__ = [
     "Embedder",
@@ -84,7 +86,7 @@ class Predictor(Pipeline):
         topk = whole_number("topk", topk, 1)
         self._check(model)
         classes = model.num_classes
-        self.labels = labels_of(model, classes) if labels is None else tuple(labels)
+        self.labels = labels_of(model, classes) if labels is None else _names("labels", labels)
         if len(self.labels) != classes:
             raise ValueError(f"labels must name each of the {classes} classes, got {len(self.labels)} names")
         self.topk = min(topk, classes)
@@ -216,6 +218,16 @@ class FeatureExtractor(_ArrayPipeline):
         return {f"stage_{stage}": value for stage, value in zip(self.stages, stored, strict=True)}
 
 
+def _names(argument: str, names: Any) -> tuple[str, ...]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ValueError(f"{argument} must be several strings, got {names!r}")
+    names = tuple(names)
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{argument} must be strings, got {name!r}")
+    return names
+
+
 def _stages(model: nn.Module, stages: Sequence[int] | None, whole: bool) -> tuple[int, ...]:
     """Numbers of the stages that are meant, in order."""
     if not whole:
@@ -225,6 +237,10 @@ def _stages(model: nn.Module, stages: Sequence[int] | None, whole: bool) -> tupl
     count = len(model.stages)
     if stages is None:
         return tuple(range(count))
+    try:
+        stages = [operator.index(stage) for stage in stages]
+    except TypeError as error:
+        raise ValueError(f"stages must be whole numbers or None, got {stages!r}") from error
     numbers = sorted({stage % count for stage in stages if -count <= stage < count})
     if len(numbers) != len(stages) or not numbers:
         raise ValueError(f"stages must be different numbers from {-count} to {count - 1}, got {list(stages)}")

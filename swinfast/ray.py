@@ -19,7 +19,7 @@ from torch import nn
 from .batch.engine import judged
 from .batch.formats import ESCAPE, parquet_table
 from .batch.optional import import_extra
-from .batch.sources import Images, has_image_ending
+from .batch.sources import find_images, has_image_ending
 from .batch.worker import load
 from .models import create_model
 from .pipeline import Pipeline, crop_of
@@ -99,7 +99,7 @@ def predict(paths: str | Path | Iterable[str | Path], output: str, *, model: Mod
 
     Args:
         paths: Image files and folders, searched recursively: on disks that all machines share, or URIs of any
-            filesystem that Ray (that is, pyarrow) reads.
+            filesystem that Ray (that is, pyarrow) reads. Tar shards and parquet files in folders are left out.
         output: A folder for parquet files with the rows of ``swinfast predict --output FILE.parquet``, in the order of
             the inputs; where images failed, output.errors has their names and the reasons. Both are written
             once everything is computed; until then results are in output.unfinished, and older ones stay.
@@ -107,7 +107,8 @@ def predict(paths: str | Path | Iterable[str | Path], output: str, *, model: Mod
         **options: batch_size (32), concurrency (how many actors, or (least, most); by default one for each GPU, or one
             for each two cores), num_gpus (of an actor; by default 1 where the cluster has GPUs), num_cpus (of an
             actor), filesystem (a pyarrow.fs.FileSystem for all paths and the output), blocks (of images, that are lost
-            and done again together; by default one for each 256); all others as of swinfast.Predictor.
+            and done again together; by default one for each 256); all others as of swinfast.Predictor, but for workers:
+            the cluster's CPUs decode.
 
     Raises:
         RuntimeError: Ray is not installed.
@@ -260,7 +261,7 @@ def _names(paths: Iterable[str], filesystem: Any) -> Iterator[str]:
     """Names of the images; those of other filesystems as URIs."""
     for path in paths:
         if filesystem is None and "://" not in path:
-            yield from (str(Path(file).absolute()) for file in Images((path,)).files())
+            yield from (str(Path(file).absolute()) for file in find_images([path]))
             continue
         fs = import_extra("pyarrow.fs", "ray")
         where, root = _resolved(path, filesystem)

@@ -160,7 +160,7 @@ def _compare(
             if any(not torch.equal(output.isfinite(), finite) for output in base):
                 return f"{place}{OVERFLOW}"
             return f"{place}NaN or infinity where the oracle has none, or the other way round"
-        if finite.numel() and not finite.any():
+        if not finite.any():
             return f"{place}{NOTHING}"
         error, allowed = _errors([got], [true]), _worst(*(_errors([output], [true]) for output in base))
         for name, absolute in (("relative_rms", ABSOLUTE[dtype]), ("relative_max", 8 * ABSOLUTE[dtype])):

@@ -253,7 +253,7 @@ class TestRefusals:
         [
             ({"topk": 3}, "topk was 5, is 3"),
             ({"batch_size": 4}, "batch_size was 2, is 4"),
-            ({"labels": "abcdefghij"}, "labels was"),
+            ({"labels": [*"abcdefghij"]}, "labels was"),
             ({"draft": True}, "draft was false, is true"),
             ({"include_index": False}, "include_index was true, is false"),
         ],

@@ -196,7 +196,8 @@ def test_outputs_of_another_shape(model):
 
 def test_no_images():
     model = Answers(lambda x: x).eval()
-    assert swinfast.verify(model, model, IMAGES[:0]).passed
+    outcome = swinfast.verify(model, model, IMAGES[:0])
+    assert not outcome.passed and outcome.reason == "nothing finite to compare"
 
 
 def test_a_mapping():

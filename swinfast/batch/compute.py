@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..autocast import autocast_dtype
+
 Arrays = dict[str, np.ndarray]  # by name, a row for each image
 Function = Callable[[Tensor], dict[str, Tensor]]  # uint8 [B, H, W, C] on the device to outputs
 LARGEST_BATCH = 512
@@ -68,7 +70,7 @@ class Compute:
     def start(self, pixels: Tensor) -> "_OnGpu | Future[Arrays] | Arrays":
         """Start with uint8 pixels [B, H, W, C] in this machine's memory (pinned, to be copied beside computation)."""
         if self._pool is not None:
-            return self._pool.submit(self._on_cpu, pixels)
+            return self._pool.submit(self._on_cpu_within, autocast_dtype(self._device), pixels)
         if self.on_gpu:
             return self._launch(pixels)
         began = time.perf_counter()
@@ -93,6 +95,11 @@ class Compute:
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _on_cpu_within(self, region: torch.dtype | None, pixels: Tensor) -> Arrays:
+        """In the autocast region that the batch was started in, which belongs to that thread alone."""
+        with torch.autocast(self._device.type, region, enabled=region is not None):
+            return self._on_cpu(pixels)
 
     def _on_cpu(self, pixels: Tensor) -> Arrays:
         return {name: output.numpy() for name, output in self._in_pieces(pixels).items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..pixels import Crop, Source
+from ..pixels import Crop, Source, pillow_settings
 from .worker import load
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -29,7 +29,8 @@ class Decoder:
 
     Args:
         crop: What to make of each image.
-        workers: Processes; 0 to decode in threads of this one.
+        workers: Processes; 0 to decode in threads of this one, which alone knows formats that a program has registered
+            with Pillow.
     """
 
     def __init__(self, crop: Crop, workers: int):
@@ -115,7 +116,7 @@ class _Process:
 
     def prepare(self, crop: Crop) -> None:
         try:
-            self._send(dataclasses.astuple(crop))
+            self._send((dataclasses.astuple(crop), pillow_settings()))
             self._receive()
         except _ProcessDied as died:
             raise RuntimeError(f"{died} as it started: {sys.executable} {WORKER}") from died

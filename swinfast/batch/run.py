@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..arguments import whole_number
 from ..files import check_writable
 from .compute import Waits
 from .engine import Division
-from .formats import check_ending
+from .formats import check_ending, output_files
 from .parts import Parts, Totals
 from .processes import work_on
 from .share import Job, Share, Watch, work
@@ -51,6 +52,8 @@ class Summary:
 
     def __str__(self) -> str:
         waits = self.waits
+        if not self.images:
+            return "no images"
         if not self.done_now:
             return f"{self.images} images were finished before, nothing is left to do"
         return (
@@ -84,10 +87,15 @@ def write(
     watch: Watch | None,
 ) -> Summary:
     """Pipeline.write."""
-    if part_size is not None and part_size < 1:
-        raise ValueError(f"part_size must be at least 1, got {part_size}")
+    if part_size is not None:
+        part_size = whole_number("part_size", part_size, 1)
+    if isinstance(devices, str):
+        raise ValueError(f"devices must be several names, got {devices!r}")
     check_ending(output, pipeline.endings)
     check_writable("output", output)
+    parts = Parts(output, {})
+    for file in (parts.manifest, parts.errors, *(file.target for file in output_files(output, pipeline.layout))):
+        check_writable("what is written with output", file)
     if images.output is None or Path(images.output) != output:  # else all paths were checked against it already
         images = replace(images, output=str(output))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -19,7 +19,7 @@ from .parts import Parts, Record, ResumeError
 from .sources import Images
 
 if TYPE_CHECKING:
-    from ..predict import Pipeline
+    from ..pipeline import Pipeline
 
 COMMITS_WAITING = 2  # parts that are computed but not yet on the disk
 Watch = Callable[[list[str], Reasons], None]  # told of every batch: names, and reasons of failures

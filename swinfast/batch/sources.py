@@ -42,7 +42,8 @@ class Images:
     Attributes:
         paths: Image files, tar shards (a webdataset's, or any with images in it), parquet files with a column of
             images; folders, searched recursively for all of these; glob patterns.
-        files_from: A text file with one path a line, read after paths; a regular file, as it is read several times.
+        files_from: A text file with one path a line, as it is and no pattern, read after paths; a regular file, as it
+            is read several times.
         members: A pattern for the names of the files in tar shards that are wanted.
         image_column: Of parquet files; by default "image", or else the first one that can hold images.
         output: Of the run that reads them: it is none of its inputs, and nor are its parts.
@@ -74,8 +75,8 @@ class Images:
 
     def files(self) -> Iterator[str]:
         """Image files and archives; also paths that can't be looked into, so that reading them says why."""
-        for path in self._given():
-            yield from (file for file in _expand(path) if not self._is_own(file))
+        for path, is_exact in self._given():
+            yield from (file for file in _expand(path, is_exact) if not self._is_own(file))
 
     def items(self, file: str) -> Iterator[Item]:
         """The images in a file: itself, or those of an archive. What is wrong with an archive is an Item too."""
@@ -98,11 +99,13 @@ class Images:
             for file in self.files()
         )
 
-    def _given(self) -> Iterator[str]:
-        yield from self.paths
+    def _given(self) -> Iterator[tuple[str, bool]]:
+        """Paths, and whether each is one as it is: it can't be a pattern."""
+        yield from ((path, False) for path in self.paths)
         if self.files_from is not None:
-            with Path(self.files_from).open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-                yield from filter(None, (line.rstrip("\r\n") for line in lines))
+            encoding = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
+            with Path(self.files_from).open(newline="\n", **encoding) as lines:  # else a \r in a name would end it
+                yield from ((path, True) for path in filter(None, (line.rstrip("\r\n") for line in lines)))
 
     def _is_own(self, file: str) -> bool:
         """Whether a file is the output, one of its parts, or left of them, or a link to one of these."""
@@ -114,9 +117,11 @@ class Images:
             return False
         output = _place(self.output)
         own = {output, Path(f"{output}.parts"), Path(f"{output}.parts.done")}
-        return any(
-            not own.isdisjoint((place, *place.parents)) for place in (_place(path), Path(os.path.realpath(path)))
-        )
+        try:
+            places = _place(path), Path(os.path.realpath(path))
+        except ValueError:  # no path at all, as reading it says
+            return False
+        return any(not own.isdisjoint((place, *place.parents)) for place in places)
 
     def _tar(self, file: str) -> Iterator[Item]:
         """Offsets into a plain archive, bytes out of a compressed one."""
@@ -194,11 +199,13 @@ class _Header(tarfile.TarInfo):
 
 
 def find_images(paths: Iterable[str | Path]) -> list[str]:
-    """The files meant by files, folders (searched recursively) and glob patterns, each sorted by name.
+    """The image files meant by files, folders (searched recursively) and glob patterns, each sorted by name.
 
-    A path that is nothing of these stays in the list, so that reading it says what is wrong.
+    Archives in folders are no image files. A path that is nothing of these stays in the list, so that reading it says
+    what is wrong.
     """
-    return list(Images(tuple(map(str, paths))).files())
+    given = tuple(map(str, paths))
+    return [file for file in Images(given).files() if file in given or not file.lower().endswith(TAR + PARQUET)]
 
 
 def has_image_ending(name: str) -> bool:
@@ -235,11 +242,11 @@ def _place(path: str) -> Path:
     return Path(os.path.realpath(folder), name)
 
 
-def _expand(path: str) -> Iterator[str]:
+def _expand(path: str, is_exact: bool) -> Iterator[str]:
     try:
         if path and Path(path).is_dir():
             found = _walk(path if path.endswith(os.sep) else str(Path(path)))
-        elif not Path(path).exists() and glob.has_magic(path):
+        elif not is_exact and not Path(path).exists() and glob.has_magic(path):
             matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute ones)
             found = [match for match in matches if _may_be_file(Path(match))] or [path]
         else:

@@ -1,7 +1,8 @@
 """A decoding process. decode.py starts this file as a script, so that it imports Pillow and nothing larger.
 
-It reads pickled lists of sources (paths, or the bytes of files) from its standard input, the Crop's fields before
-them, and answers each list with a pickled list of reasons, None for a good image, and the good images' pixels.
+It reads pickled lists of sources (paths, or the bytes of files) from its standard input, the Crop's fields and
+Pillow's settings before them, and answers each list with a pickled list of reasons, None for a good image, and the good
+images' pixels.
 """
 
 import importlib.util
@@ -33,7 +34,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     tasks, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else may write between the answers
-    crop = _pixels().Crop(*pickle.load(tasks))
+    pixels, (fields, settings) = _pixels(), pickle.load(tasks)
+    pixels.set_pillow(settings)
+    crop = pixels.Crop(*fields)
     pickle.dump("ready", answers)
     answers.flush()
     while True:
