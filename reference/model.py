@@ -78,7 +78,7 @@ class SwinTransformerV2CrBlock(nn.Module):
         norm_layer, **dd,
     ):  # fmt: skip
         super().__init__()
-        self.shift = shift
+        self.shift = shift and any(w // 2 for w in window_size)  # as timm: windows may grow, a shift can't appear
         self.always_partition = always_partition
         self._set_window(feat_size, window_size)
         self.attn = WindowMultiHeadAttention(dim, num_heads, self.window_size, **dd)

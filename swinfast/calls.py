@@ -17,7 +17,9 @@ def kind_of(x: Tensor) -> tuple[torch.dtype | None, str]:
 
 def is_traced(x: Tensor) -> bool:
     """Whether a graph is made of this call, or the tensor is none that can be computed with."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.is_meta
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.is_meta:
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # of make_fx
 
 
 def needs_grad(x: Tensor, parameters: Iterable[Tensor]) -> bool:

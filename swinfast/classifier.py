@@ -10,7 +10,7 @@ from . import graphs
 from .adapters import HOOKS, WEIGHTED, class_of, dropouts, foreign_methods, is_a, methods, patches
 from .autocast import autocast_dtype
 from .calls import is_traced, is_transformed, kind_of, needs_grad
-from .fused import FusedPatchEmbed, Settings
+from .fused import FusedPatchEmbed
 from .graphs import Graphs
 from .plan import Plan, SequencePlan, version_of
 from .sequence import FusedStages, FusedWhole
@@ -100,11 +100,6 @@ def _is_known_in_head(module: nn.Module) -> bool:
 
 class FusedClassifier(FusedWhole):
     """Images to logits in one CUDA graph, where that pays; else part by part, each replaced by itself."""
-
-    def __init__(self, *args, **kwargs):
-        """A model of the same class, not optimised yet, as type(fast)(...) makes it."""
-        super().__init__(*args, **kwargs)
-        self._swinfast = Settings("auto")
 
     def plan(self) -> ClassifierPlan | None:
         kept = self._swinfast.plan

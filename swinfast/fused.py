@@ -4,7 +4,9 @@ submodules, parameters, names, methods and attributes stay the original ones, an
 In training mode, and wherever the fused computation would not be faithful, the original forward runs.
 """
 
+import copy
 import warnings
+from collections.abc import Mapping
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -19,7 +21,7 @@ from .backends import choose
 from .calls import is_traced, is_transformed, kind_of, needs_grad
 from .errors import in_a_line
 from .plan import Plan
-from .recompute import FusedForward
+from .recompute import FusedForward, original_of
 from .self_check import is_asked_for, self_check
 from .specs import ImageScale
 
@@ -59,13 +61,19 @@ class Fused:
     original: type[nn.Module]
     _swinfast: Settings
 
+    def __init__(self, *args, **kwargs):
+        """A module of the same class, not optimised yet, as type(fast)(...) makes it."""
+        super().__init__(*args, **kwargs)
+        self._swinfast = Settings("auto")
+
     def _apply(self, fn, recurse=True):
         self._swinfast.plan = None
         return super()._apply(fn, recurse)
 
     def __reduce_ex__(self, protocol):
         """Rebuild from the two parents: the class itself is made at run time and can't be imported."""
-        return _rebuild, (type(self).__bases__[0], self.original), self.__dict__
+        state = self.__dict__ | {"_swinfast": copy.copy(self._swinfast)}  # a plan is of one module
+        return _rebuild, (type(self).__bases__[0], self.original), state
 
     def _replicate_for_data_parallel(self):
         """Replicas of nn.DataParallel hold tensors in place of parameters: they run the original."""
@@ -105,11 +113,12 @@ class FusedComputation(Fused):
             return super().forward(x)
         self._check(plan.spec, x)
         if needs_grad(x, plan.parameters):
-            return FusedForward.apply(self, plan, self._prepare(plan.spec, x), *plan.parameters)
+            return FusedForward.apply(self, plan, self._kept(self._prepare(plan.spec, x)), *plan.parameters)
         return self.fused_forward(plan, x)
 
-    def original_forward(self, x: Tensor) -> Tensor:
-        return self.original.forward(self, x)
+    def recomputed(self, plan: Plan, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """What the original computes with these tensors, by the names of the plan's parameters."""
+        return original_of(self, tensors)(x)
 
     def fused_forward(self, plan: Plan, x: Tensor) -> Tensor:
         """The fused computation without gradients, by another backend where Triton fails at it."""
@@ -128,7 +137,7 @@ class FusedComputation(Fused):
     def _fall_back(self, problem: str, x: Tensor) -> Tensor:
         """Compute without Triton, now and from now on; where PyTorch fails too, the input is at fault."""
         plan = Plan(self.adapter, self, self._swinfast.backend, problem)
-        out = self.original_forward(x) if plan.backend is None else self.compute(plan, x)
+        out = self.original.forward(self, x) if plan.backend is None else self.compute(plan, x)
         self._swinfast.plan, self._swinfast.failure, self._swinfast.unchecked = plan, problem, False
         kind = self.adapter.kind
         warnings.warn(f"Triton failed, so a {kind} is computed without it from now on: {problem}", stacklevel=2)
@@ -162,6 +171,10 @@ class FusedComputation(Fused):
 
     def _prepare(self, spec: Any, x: Tensor) -> Tensor:
         """The input as the original takes it, where the fused module takes more."""
+        return x
+
+    def _kept(self, x: Tensor) -> Tensor:
+        """The input as a backward pass will find it again."""
         return x
 
     def _derive(self, backend: ModuleType, spec: Any, traced: bool, autocast: torch.dtype | None) -> Any:
@@ -229,6 +242,9 @@ class FusedStage(FusedComputation):
             compute=lambda tables, x: self._run(plan.backend, plan.spec, *tables, x),
             plain=lambda: FusedComputation.fused_forward(self, plan, x),
         )
+
+    def _kept(self, x):
+        return x.clone()  # the original keeps none of its input, which may be changed in place
 
     def _derive(self, backend, spec, traced, autocast):
         return backend.derive_stage(spec, traced, autocast)

@@ -1,15 +1,16 @@
 """Gradients of a fused forward: the backward pass computes the original module again and differentiates that."""
 
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import HOOKS
+from .adapters import HOOKS, class_of, methods
 
 
 class FusedForward(torch.autograd.Function):
-    """module.fused_forward(plan, x) with the gradients of module.original_forward(x); parameters are plan's."""
+    """module.fused_forward(plan, x) with the gradients of module.recomputed(plan, …); parameters are the plan's."""
 
     @staticmethod
     def forward(ctx, module, plan, x, *parameters):
@@ -30,14 +31,18 @@ class FusedForward(torch.autograd.Function):
                 f"a {type(ctx.module).original.__name__} was changed between its forward and its backward pass, which "
                 "computes it again: gradients of what it was can't be had any more"
             )
-        x, *parameters = ctx.saved_tensors
-        create_graph = torch.is_grad_enabled()
-        if not create_graph:
-            x = x.detach().requires_grad_(ctx.needs_input_grad[2])
-        with torch.enable_grad(), torch.autocast(**ctx.autocast), _as_it_was(ctx.module):
-            output = _original(ctx.module, dict(zip(ctx.plan.parameter_names, parameters, strict=True)), x)
-        inputs = [x, *parameters]
-        wanted = [index for index, need in enumerate(ctx.needs_input_grad[2:]) if need]
+        create_graph, needed = torch.is_grad_enabled(), ctx.needs_input_grad[2:]
+        # Others than the tensors themselves: their hooks are for the gradients that this returns, and they may need
+        # none by now.
+        with torch.enable_grad():
+            inputs = [
+                saved.view_as(saved) if create_graph else saved.detach().requires_grad_(need)
+                for saved, need in zip(ctx.saved_tensors, needed, strict=True)
+            ]
+        x, *parameters = inputs
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            output = ctx.module.recomputed(ctx.plan, dict(zip(ctx.plan.parameter_names, parameters, strict=True)), x)
+        wanted = [index for index, need in enumerate(needed) if need]
         found = torch.autograd.grad(
             output, [inputs[index] for index in wanted], gradient, create_graph=create_graph, allow_unused=True
         )
@@ -52,37 +57,26 @@ def _itself(x: Tensor) -> Tensor:
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
-class _OriginalForward(nn.Module):
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
+def original_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The original of a replaced module as its forward pass ran it: in eval mode, without the hooks and patches that
+    came since, and with these tensors for its parameters. The module itself is left alone: others may be using it.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module.original_forward(x)
-
-
-def _original(module: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The original forward with the parameters of the forward pass: torch.func.functional_call may have lent them."""
-    if all(parameters[name] is parameter for name, parameter in module.named_parameters()):
-        return module.original_forward(x)
-    lent = {f"module.{name}": parameter for name, parameter in parameters.items()}
-    return torch.func.functional_call(_OriginalForward(module), lent, (x,))
+    Args:
+        tensors: By the names of the module's parameters.
+    """
+    return _double(module, {id(parameter): tensors[name] for name, parameter in module.named_parameters()})
 
 
-@contextmanager
-def _as_it_was(module: nn.Module):
-    """The mode that the forward pass ran in, and no hooks inside, though there may be others since."""
-    training = [child for child in module.modules() if child.training]
-    inside = (child for child in module.modules() if child is not module)
-    hooks = [(child, name, getattr(child, name)) for child in inside for name in HOOKS if getattr(child, name)]
-    for child in training:
-        child.training = False
-    for child, name, table in hooks:
-        setattr(child, name, type(table)())
-    try:
-        yield
-    finally:
-        for child in training:
-            child.training = True
-        for child, name, table in hooks:
-            setattr(child, name, table)
+def _double(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
+    cls = class_of(module)
+    made = object.__new__(cls)
+    made.__dict__ = {
+        **{name: value for name, value in module.__dict__.items() if name not in methods(cls)},
+        **{hooks: OrderedDict() for hooks in HOOKS},
+        "training": False,
+        "_parameters": {name: tensors.get(id(value), value) for name, value in module._parameters.items()},
+        "_modules": {
+            name: None if child is None else _double(child, tensors) for name, child in module._modules.items()
+        },
+    }
+    return made

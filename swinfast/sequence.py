@@ -1,7 +1,7 @@
 """The Sequential of stages, replaced: where nothing tells it from one computation, it is one."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -82,7 +82,8 @@ class FusedStages(FusedWhole):
             plans.append(plan)
         return plans
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # by the name that nn.Sequential has for it
+        x = input
         if self.training or is_traced(x) or is_transformed():
             return super().forward(x)
         out = self.replayed(x)
@@ -92,16 +93,17 @@ class FusedStages(FusedWhole):
         if plan is None:
             return super().forward(x)
         if needs_grad(x, plan.parameters):
-            return FusedForward.apply(self, plan, x, *plan.parameters)
+            return FusedForward.apply(self, plan, x.clone(), *plan.parameters)  # as in FusedStage
         return self.fused_forward(plan, x)
 
     def tables(self, plan: SequencePlan, kind: tuple) -> tuple:
         return tuple(stage.tables(one, kind) for stage, one in zip(self, plan.plans, strict=True))
 
-    def original_forward(self, x: Tensor) -> Tensor:
+    def recomputed(self, plan: SequencePlan, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Stage by stage, so that a backward pass keeps the activations of one stage at a time."""
-        for stage in self:
-            x = type(stage).forward(stage, x)  # without hooks and patches, which came after what is computed again
+        named = dict(zip(plan.parameters, map(tensors.get, plan.parameter_names), strict=True))
+        for stage, one in zip(self, plan.plans, strict=True):
+            x = FusedForward.apply(stage, one, x, *map(named.get, one.parameters))
         return x
 
     def fused_forward(self, plan: SequencePlan, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import cpu_attention, window_order
 from .constants import constant, vector
 from .cpu_attention import ExponentTable, Scratch
-from .reference.ops import MASK_VALUE, MAX_LOGIT_SCALE, NORM_EPS
+from .reference.ops import MASK_VALUE, MAX_LOGIT_SCALE, NORM_EPS, window_types
 from .specs import BlockSpec, ImageScale, MergeSpec, PatchEmbedSpec, Size, StageSpec
 from .torch_linear import Linear, can_pack, has_native_bfloat16, make_linear
 from .window_order import WindowOrder
@@ -113,7 +113,7 @@ def _patches(images: Tensor, patch: Size, tables: PatchEmbedTables) -> Tensor:
     """Images [B, C, H, W] as [B, H / ph, W / pw, C * ph * pw]."""
     (ph, pw), (batch, channels, height, width) = patch, images.shape
     gh, gw = height // ph, width // pw
-    x = images[:, :, : gh * ph, : gw * pw].to(tables.dtype)
+    x = images[:, :, : gh * ph, : gw * pw].to(tables.dtype).resolve_neg()
     wide = None if tables.traced or not x.is_contiguous() or x.storage_offset() % pw else WIDE.get(pw * x.itemsize)
     if wide is None:
         x = x.reshape(batch, channels, gh, ph, gw, pw).permute(0, 2, 4, 1, 3, 5)
@@ -152,7 +152,7 @@ def normalise(images: Tensor, image_scale: ImageScale | None, dtype: torch.dtype
     """Images as the original takes them: of its dtype, uint8 ones normalised."""
     if images.dtype == torch.uint8:
         mean, std = _mean_and_std(image_scale, images.device)
-        images = (images / 255 - mean) / std
+        images = (images.float() / 255 - mean) / std
     return images.to(dtype)
 
 
@@ -329,6 +329,9 @@ def _add_bias(logits: Tensor, bias: Tensor) -> None:
     """Add the position bias in place. logits [B, gh, gw, heads, N, N]; a table of four goes by window type."""
     if bias.dim() == 3:
         logits += bias
+        return
+    if torch.compiler.is_compiling():  # slices of one window would fix the size of a graph for any size
+        logits += bias[window_types(logits.shape[1:3], bias.device)].unflatten(0, logits.shape[1:3])
         return
     interior, last_row, last_column, corner = bias
     logits[:, :-1, :-1] += interior

@@ -179,7 +179,22 @@ def test_uint8_images(timm):
         assert relative_rms(fast(pixels), model((pixels / 255 - mean) / std)) <= 1e-5
         other = swinfast.optimize(model, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
         mean, std = torch.tensor([0.1, 0.2, 0.3])[:, None, None], torch.tensor([0.5, 0.6, 0.7])[:, None, None]
-        assert relative_rms(other(pixels), model((pixels / 255 - mean) / std)) <= 1e-5
+        expected = model((pixels / 255 - mean) / std)
+        assert relative_rms(other(pixels), expected) <= 1e-5
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            assert relative_rms(other(pixels), expected) <= 1e-5
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_negative_views(timm):
+    """As the imaginary part of a conjugate is one."""
+    model = make(timm, SMALL | {"img_size": 64}, "timm")
+    images = torch._neg_view(random_images(2, 3, 64, 64))
+    assert images.is_neg() and images.is_contiguous()
+    with torch.no_grad():
+        assert relative_rms(swinfast.optimize(model)(images), model(images)) <= 1e-5
 
 
 @pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

@@ -8,7 +8,9 @@ from helpers import random_images, randomise, small_model_args
 from torch import nn
 
 import swinfast
-from swinfast import recompute, torch_backend
+from swinfast import torch_backend
+from swinfast.fused import FusedComputation
+from swinfast.sequence import FusedStages
 
 IMAGES = random_images(2, 3, 64, 64, dtype=torch.float64)
 
@@ -35,10 +37,13 @@ def assert_close(got, expected, tolerance=1e-9):
 def test_in_eval_mode_the_forward_is_fused(model, monkeypatch):
     fast = swinfast.optimize(model)
     originals = []
-    original = recompute._original
-    monkeypatch.setattr(
-        recompute, "_original", lambda module, *args: originals.append(module) or original(module, *args)
-    )
+    for cls in (FusedComputation, FusedStages):
+        recomputed = cls.recomputed
+        monkeypatch.setattr(
+            cls,
+            "recomputed",
+            lambda module, *args, recomputed=recomputed: originals.append(module) or recomputed(module, *args),
+        )
     output = fast(IMAGES)
     assert output.requires_grad
     assert not originals
@@ -68,6 +73,66 @@ def test_outputs_can_be_changed_in_place(model, part):
         output = nn.functional.relu(getattr(either, part)(x), inplace=True)
         output.square().sum().backward()
         results.append([p.grad for p in either.parameters() if p.grad is not None])
+    assert_close(results[1], results[0])
+
+
+def relu_between_stages(model):
+    first = model.stages[0](model.patch_embed(IMAGES))
+    second = model.stages[1](first)
+    return nn.functional.relu(first, inplace=True).sum() + second.sum()
+
+
+def nothing_after_the_stages(model):
+    patches = model.patch_embed(IMAGES)
+    output = model.stages(patches)
+    patches.mul_(0)
+    return output.sum()
+
+
+@pytest.mark.parametrize("use", [relu_between_stages, nothing_after_the_stages], ids=lambda use: use.__name__)
+def test_inputs_can_be_changed_in_place(model, use):
+    """A stage keeps none of its input, in timm."""
+    results = []
+    for either in (model, swinfast.optimize(model)):
+        either.zero_grad()
+        use(either).backward()
+        results.append([p.grad for p in either.parameters() if p.grad is not None])
+    assert_close(results[1], results[0])
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_hooks_on_tensors_fire_once(model, create_graph):
+    results, fired = [], []
+    for either in (model, swinfast.optimize(model)):
+        images = IMAGES.clone().requires_grad_()
+        tensors = [images, *either.parameters()]
+        counts = [0] * len(tensors)
+        for index, tensor in enumerate(tensors):
+
+            def double(gradient, index=index, counts=counts):
+                counts[index] += 1
+                return 2 * gradient
+
+            tensor.register_hook(double)
+        either(images).square().sum().backward(create_graph=create_graph)
+        results.append([tensor.grad.detach() for tensor in tensors])
+        fired.append(counts)
+    assert_close(results[1], results[0])
+    assert fired[1] == fired[0] == [1] * len(fired[0])
+
+
+@pytest.mark.parametrize("frozen", ["model", "images"])
+def test_frozen_between_forward_and_backward(model, frozen):
+    """What needed gradients in the forward pass still gets them."""
+    results = []
+    for either in (model, swinfast.optimize(model)):
+        images = IMAGES.clone().requires_grad_()
+        loss = either(images + 0).square().sum()
+        (either if frozen == "model" else images).requires_grad_(False)
+        loss.backward()
+        results.append([x.grad for x in (images, *either.parameters()) if x.grad is not None])
+        assert results[-1]
     assert_close(results[1], results[0])
 
 

@@ -263,6 +263,37 @@ def test_copies(timm, copy_of, warm):
     assert type(other.stages[0]) is type(fast.stages[0])
 
 
+def test_surgery_on_a_shallow_copy(timm):
+    """It shares what it was copied from, and no plan: what it computes with may be others' by then."""
+    model = make(timm)
+    fast, other = swinfast.optimize(model), randomise(copy.deepcopy(model), seed=1)
+    stages = []
+    with torch.no_grad():
+        x = model.stages[0](model.patch_embed(IMAGES))
+        for either in (model, fast):
+            either.stages[1](x)
+            stage = copy.copy(either.stages[1])
+            stage._modules = dict(stage._modules) | {"blocks": other.stages[1].blocks}
+            stages.append(stage)
+        assert relative_rms(stages[1](x), stages[0](x)) <= 1e-9
+
+
+def test_new_modules_of_replaced_classes(timm):
+    """As type(part)(...) makes them."""
+    model = make(timm)
+    fast = swinfast.optimize(model)
+    for either in (model, fast):
+        embed = either.patch_embed
+        new = type(embed)(64, 2, 3, 16, nn.LayerNorm)
+        new.load_state_dict(embed.state_dict())
+        either.patch_embed = new.to(torch.float64).eval()
+        either.stages = type(either.stages)(*either.stages).eval()
+    assert_same(fast, model)
+    with torch.no_grad():
+        x = model.patch_embed(IMAGES)
+        assert relative_rms(fast.stages(input=x), model.stages(input=x)) <= 1e-9
+
+
 def test_a_pickle_holds_no_derived_tensors(timm):
     fast = swinfast.optimize(make(timm))
     cold = len(pickle.dumps(fast))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import random_images, randomise, relative_rms, small_model_args
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import swinfast
 
@@ -42,6 +43,26 @@ def test_compile(timm, name, source):
         for batch in (3, 5, 2) if dynamic else (3,):
             images = random_images(batch, 3, size, size, dtype=torch.float64)
             assert relative_rms(compiled(images), model(images)) <= 1e-9
+
+
+def test_export_for_images_of_any_size(timm):
+    """The example has a grid of two windows, of which a slice of one would fix the size."""
+    model, fast = make(timm, dynamic_img_size=True, window_size=8)
+    sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
+    exported = torch.export.export(fast, (IMAGES,), dynamic_shapes=(sizes,), strict=False)
+    images = random_images(2, 3, 96, 160, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_rms(exported.module()(images), model(images)) <= 1e-9
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_make_fx(timm, warm):
+    model, fast = make(timm)
+    with torch.no_grad():
+        if warm:
+            fast(IMAGES)
+        graph = make_fx(fast, tracing_mode="real")(IMAGES)
+        assert relative_rms(graph(2 * IMAGES), model(2 * IMAGES)) <= 1e-9
 
 
 def test_compile_with_a_dropout_switched_on_alone(timm):
