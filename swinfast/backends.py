@@ -1,8 +1,8 @@
 """Which backend computes a replaced module.
 
-A backend is a module with ``name``, ``derive_patch_embed``, ``patch_embed``, ``derive_stage``, ``stage`` and
-``describe``, as ``torch_backend`` defines them: the derive functions make what they need of the parameters, once per
-weights. Where it is ``capturable`` a CUDA graph may be made of it, and ``graph_pays`` says for which inputs that pays.
+A backend is a module with ``derive_patch_embed``, ``patch_embed``, ``derive_stage``, ``stage`` and ``describe``, as
+``torch_backend`` defines them: the derive functions make what they need of the parameters, once per weights. Where it
+is ``capturable`` a CUDA graph may be made of it, and ``graph_pays`` says for which inputs that pays.
 """
 
 from types import ModuleType

@@ -30,7 +30,6 @@ CPU_PART = 2 * 56 * 56 * 128
 WIDE = {8: torch.int64, 16: torch.complex128}  # dtypes of so many bytes
 NormWeights = tuple[Tensor | None, Tensor | None, float]
 
-name = "torch"
 capturable = False  # index tensors are kept in a cache that forgets some
 may_fail = False
 

@@ -26,7 +26,6 @@ __all__ = [
     "describe",
     "graph_pays",
     "may_fail",
-    "name",
     "patch_embed",
     "stage",
     "why_not",
@@ -35,7 +34,6 @@ __all__ = [
 
 LARGEST_CHANNELS = 4096
 OLDEST_CAPABILITY = (8, 0)
-name = "triton"
 capturable = True
 may_fail = True  # where a compiler is missing, or it refuses a kernel
 

@@ -9,7 +9,7 @@ import torch
 from helpers import OPTIONS, THREE, make, random_images
 
 import swinfast
-from swinfast import backends, torch_backend
+from swinfast import backends, torch_backend, triton_backend
 
 
 @pytest.fixture
@@ -47,10 +47,10 @@ def test_forced_without_a_gpu_for_real():
 
 def test_choices(timm, gpu):
     model = make(timm, OPTIONS["square"], "timm")
-    assert choose(model).backend.name == "triton"
+    assert choose(model).backend is triton_backend
     assert choose(model, device="cpu").backend is torch_backend
     assert choose(model, "torch") == (torch_backend, None, None)
-    assert choose(model, "triton").backend.name == "triton"
+    assert choose(model, "triton").backend is triton_backend
 
 
 def test_auto_without_triton(timm, no_triton):
