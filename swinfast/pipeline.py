@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapters import DTYPES, HOOKS, class_of, is_classifier, methods, patches
+from .adapters import DTYPES, HOOKS, class_of, foreign_methods, is_classifier, methods
 from .arguments import whole_number
 from .batch import engine
 from .batch.compute import Arrays, Compute, find_batch_size
@@ -23,6 +23,7 @@ from .batch.formats import Layout
 from .batch.run import Summary, write
 from .batch.share import Watch
 from .batch.sources import Images, Item
+from .calls import is_transformed
 from .fused import FusedPatchEmbed
 from .optimize import optimize
 from .pixels import Crop
@@ -192,11 +193,12 @@ class Pipeline:
     def _takes_pixels(self) -> bool:
         """Whether the model is one that does nothing with images before its patch embedding, which is replaced."""
         model, embed = self.model, self.model._modules.get("patch_embed")
-        if not is_classifier(class_of(model)) or not isinstance(embed, FusedPatchEmbed) or embed.plan().reason:
+        cls = class_of(model)
+        if not is_classifier(cls) or not isinstance(embed, FusedPatchEmbed) or embed.plan().reason:
             return False
-        patched = any(name in model.__dict__ for name in methods(class_of(model)))
-        hooked = model._forward_pre_hooks or embed._forward_pre_hooks
-        return not (patched or hooked or next(patches(model), None))
+        patched = foreign_methods(cls) or any(name in model.__dict__ for name in methods(cls))
+        hooked = model._forward_pre_hooks or embed._forward_pre_hooks or "forward" in embed.__dict__
+        return not (patched or hooked or is_transformed())
 
     def _probe(self) -> None:
         """Compute one black image."""
