@@ -52,7 +52,11 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
         for key in expected
         if key in state and state[key].shape != expected[key].shape
     ]
-    kinds = [f"{key} is {_kind_of(state[key])}" for key in expected if key in state and _kind_of(state[key])]
+    kinds = [
+        f"{key} is {_kind_of(state[key])}"
+        for key in expected
+        if key in state and _kind_of(state[key]) not in ("", str(expected[key].dtype))
+    ]
     found = {"missing": missing, "unexpected": unexpected, "wrong shape": shapes, "no plain numbers": kinds}
     if any(found.values()):
         lists = "".join(f"\n  {name} ({len(keys)}): {', '.join(keys)}" for name, keys in found.items() if keys)
@@ -137,7 +141,7 @@ def modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(state)
     modern = {}
     for key, value in state.items():
-        if key.rpartition(".")[2] == "tau":
+        if key.rpartition(".")[2] == "tau" and not _kind_of(value):
             key, value = key.removesuffix("tau") + "logit_scale", torch.log(1 / value)
         if key.startswith("head."):
             key = "head.fc." + key.removeprefix("head.")

@@ -227,7 +227,7 @@ def _check_files(options: argparse.Namespace) -> None:
     for name, file in (("--json", options.json), ("--csv", options.csv), ("--plot", options.plot)):
         if file:
             check_writable(name, file, in_place=True)
-    given = [file.absolute() for file in (options.json, options.csv, options.plot) if file]
+    given = [file.resolve() for file in (options.json, options.csv, options.plot) if file]
     if len(set(given)) < len(given):
         raise ValueError("--json, --csv and --plot must be different files")
     if options.csv and options.csv.exists():

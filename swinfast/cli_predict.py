@@ -60,7 +60,12 @@ def _image_options(add: Callable[..., Any]) -> None:
 def _model_options(add: Callable[..., Any]) -> None:
     add("--model", default="swinv2_cr_tiny_ns_224", help="name or folder of a model (default: %(default)s)")
     add("--checkpoint", default="", metavar="FILE", help="weights (default: the folder's, or the published ones)")
-    add("--num-classes", type=_classes, metavar="N", help="classes of the checkpoint, where not the model's own")
+    add(
+        "--num-classes",
+        type=_class_count,
+        metavar="N",
+        help="classes of the checkpoint, where not the model's own",
+    )
     add("--dtype", choices=DTYPES, default="float32", help="to compute in (default: %(default)s)")
     add("--backend", choices=CHOICES, default="auto", help="what computes (default: %(default)s)")
 
@@ -105,11 +110,10 @@ def _features_options(command: argparse.ArgumentParser, add: Callable[..., Any])
     add("--stored", choices=STORED, default="float32", help="dtype in the file (default: %(default)s)")
 
 
-def _classes(text: str) -> int:
-    number = int(text)
-    if not 0 <= number <= LARGEST:
-        raise argparse.ArgumentTypeError(f"must be a number of classes, got {text}")
-    return number
+def _class_count(text: str) -> int:
+    if not text.isdecimal() or int(text) > LARGEST:
+        raise argparse.ArgumentTypeError(f"must be a number of classes, got {text!r}")
+    return int(text)
 
 
 def _batch_size(text: str) -> int | str:

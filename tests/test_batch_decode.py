@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import write_image
-from PIL import Image
+from PIL import Image, ImageFile
 
 from swinfast.batch import decode
 from swinfast.batch.decode import Decoder
@@ -57,6 +57,20 @@ def test_decompression_bomb(tmp_path, workers):
     with Decoder(CROP, workers) as decoder:
         ((reason,), _) = decoded(decoder, [str(tmp_path / "bomb.png")])
     assert reason.startswith("DecompressionBombError: Image size (400000000 pixels) exceeds limit")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_settings_of_pillow(files, bad_images, workers, monkeypatch):
+    """What the program has chosen holds in the processes too."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with Decoder(CROP, workers) as decoder:
+        reasons, out = decoded(decoder, [str(bad_images["cut"])])
+    assert reasons == [None]
+    assert np.array_equal(out[0], np.asarray(CROP.load(bad_images["cut"])))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with Decoder(CROP, workers) as decoder:
+        ((reason,), _) = decoded(decoder, files[:1])
+    assert reason.startswith("DecompressionBombError: Image size (1200 pixels) exceeds limit of 1000 pixels")
 
 
 def test_process_that_is_killed_loses_nothing(files):

@@ -6,12 +6,16 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import pytest
 import torch
 from helpers import randomise, write_image
+from PIL import Image, ImageFile
+from swinfast.reference import SwinTransformerV2Cr
 from torch import nn
 
 import swinfast
@@ -253,6 +257,102 @@ def test_patch_embedding_that_is_left_alone(model, images, dtype, error):
     assert np.abs(got - expected).max() <= error * np.abs(expected).max()
 
 
+class Wrapper(nn.Module):
+    """A model that has changed images."""
+
+    def __init__(self, model: nn.Module, change: Callable):
+        super().__init__()
+        self.inner, self.change = model, change
+        self.pretrained_cfg, self.num_classes = model.pretrained_cfg, model.num_classes
+
+    def forward(self, x):
+        return self.inner(self.change(x))
+
+
+class Halved(SwinTransformerV2Cr):
+    def forward(self, x):
+        return super().forward(x * 0.5)
+
+
+def with_patch_embedding(wrapper: Wrapper) -> Wrapper:
+    wrapper.patch_embed = wrapper.inner.patch_embed
+    return wrapper
+
+
+def hook(module: nn.Module, change: Callable) -> None:
+    module.register_forward_pre_hook(lambda module, args: (change(args[0]),))
+
+
+def halved(method: Callable) -> Callable:
+    return lambda module, x: method(module, x * 0.5)
+
+
+def patch(module: nn.Module, name: str) -> None:
+    setattr(module, name, MethodType(halved(getattr(type(module), name)), module))
+
+
+def patch_class(model: nn.Module) -> None:
+    type(model).forward_features = halved(type(model).forward_features)
+
+
+CHANGES = {
+    "none": lambda model: model,
+    "clamped before the model": lambda model: hook(model, lambda x: x.clamp(-0.5, 0.5)),
+    "halved before the model": lambda model: hook(model, lambda x: x * 0.5),
+    "halved before the patch embedding": lambda model: hook(model.patch_embed, lambda x: x * 0.5),
+    "halved by a wrapper": lambda model: Wrapper(model, lambda x: x * 0.5),
+    "halved by a wrapper with a patch embedding": lambda model: with_patch_embedding(Wrapper(model, lambda x: x * 0.5)),
+    "flipped by a wrapper": lambda model: Wrapper(model, lambda x: (x + x.flip(3)) / 2),
+    "halved by a subclass": lambda model: setattr(model, "__class__", Halved),
+    "halved by a patch": lambda model: patch(model, "forward_features"),
+    "halved by a patch of the class": patch_class,
+    "halved by a patch of the patch embedding": lambda model: patch(model.patch_embed, "forward"),
+}
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+@pytest.mark.parametrize("change", CHANGES)
+def test_images_that_are_changed_before_the_patch_embedding(model, images, change, threads, monkeypatch):
+    """They are normalised before that; with nothing in between the patch embedding does it."""
+    monkeypatch.setattr(type(model), "forward_features", type(model).forward_features)  # which is undone in the end
+    model.eval()
+    model = CHANGES[change](model) or model
+    with torch.no_grad():
+        expected = model(torch.stack([swinfast.transform_of(model).load(file) for file in images])).softmax(dim=-1)
+    predictor = swinfast.Predictor(model, topk=10, batch_size=4, threads=threads, device="cpu", workers=0)
+    forward, dtypes = predictor._forward, set()
+    predictor._forward = lambda x: dtypes.add(x.dtype) or forward(x)
+    for result, row in zip(predictor.predict(images), expected, strict=True):
+        assert list(result.probabilities) == pytest.approx(row[list(result.indices)].tolist(), abs=1e-5)
+    assert dtypes == {torch.uint8 if change == "none" else torch.float32}
+
+
+def test_timms_model_takes_pixels(timm, images):
+    """Answers are those of timm's transform and model."""
+    options = {"img_size": 32, "depths": (1,), "num_heads": (3,), "num_classes": 10}
+    model = randomise(timm.create_model("swinv2_cr_tiny_224", **options)).eval()
+    config = timm.data.resolve_data_config({"input_size": (3, 32, 32)}, model=model)
+    transform = timm.data.create_transform(**config)
+    with torch.no_grad():
+        prepared = torch.stack([transform(Image.open(file).convert("RGB")) for file in images])
+        expected = model(prepared).softmax(dim=-1)
+    predictor = swinfast.Predictor(model, topk=10, device="cpu", workers=0)
+    assert predictor._takes_pixels()
+    for result, row in zip(predictor.predict(images), expected, strict=True):
+        assert list(result.probabilities) == pytest.approx(row[list(result.indices)].tolist(), abs=1e-5)
+
+
+def test_autocast_region_of_the_caller(model, images):
+    """Threads compute in it too."""
+    answers = []
+    for threads in (0, 1):
+        predictor = swinfast.Predictor(model, device="cpu", threads=threads, workers=0)
+        answers.append(list(predictor.predict(images)))
+        with torch.autocast("cpu", torch.bfloat16):
+            answers.append(list(predictor.predict(images)))
+    assert answers[1] == answers[3] != answers[0]
+
+
 def test_one_channel(tmp_path, images):
     model = randomise(swinfast.create_model("swinv2_cr_tiny_224", img_size=32, in_chans=1, depths=(1,), num_heads=(3,)))
     (got,) = swinfast.Embedder(model, device="cpu").extract(images[:1])
@@ -292,6 +392,12 @@ def test_wrong_stages(model, stages):
         swinfast.FeatureExtractor(model, stages=stages)
 
 
+@pytest.mark.parametrize("stages", [1, "01", [0.5], ["1"]], ids=repr)
+def test_stages_that_are_no_numbers(model, stages):
+    with pytest.raises(ValueError, match=re.escape(f"stages must be whole numbers or None, got {stages!r}")):
+        swinfast.FeatureExtractor(model, stages=stages)
+
+
 def test_wrong_models():
     for kind, said in ((swinfast.Embedder, "forward_head"), (swinfast.FeatureExtractor, "features_only=True")):
         with pytest.raises(ValueError, match=f"model must have .*{said}, Linear has"):
@@ -318,6 +424,11 @@ def test_summary_names_the_bottleneck():
     assert Waits(write=3.0, compute=1.0).bottleneck == "write"
 
 
+def test_summary_of_nothing(model, tmp_path):
+    summary = swinfast.Predictor(model, device="cpu", workers=0).write([], tmp_path / "out.csv")
+    assert (str(summary), summary.images) == ("no images", 0)
+
+
 class TestProcesses:
     """Several devices, with the CPU as each of them."""
 
@@ -336,6 +447,19 @@ class TestProcesses:
         for name in ("out.csv", "out.csv.errors.csv", "out.csv.manifest.json"):
             assert outputs[0].with_name(name).read_bytes() == outputs[1].with_name(name).read_bytes()
         assert sorted(seen[12:]) == sorted(images)
+
+    def test_settings_of_the_program(self, model, images, bad_images, tmp_path, monkeypatch):
+        """Pillow's, and an autocast region, hold in the processes too."""
+        monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+        outputs = [tmp_path / name for name in ("here.csv", "there.csv", "plain.csv")]
+        predictor = swinfast.Predictor(model, batch_size=2, device="cpu", workers=0)
+        predictor.write(images[:3], outputs[2])
+        with torch.autocast("cpu", torch.bfloat16):
+            for output, devices in zip(outputs, ((), ("cpu",)), strict=False):
+                predictor.write([*images[:3], str(bad_images["cut"])], output, devices=devices)
+        here, there, plain = (output.read_bytes() for output in outputs)
+        assert here == there and not here.startswith(plain)
+        assert not (tmp_path / "there.csv.errors.csv").exists()
 
     def test_share(self, model, images, bad_images, tmp_path):
         """A process does every world-th part, tells of the parts and its images, and leaves what is finished."""

@@ -11,9 +11,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import pytest
+import torch
 from helpers import randomise, write_image
 
 import swinfast
@@ -168,6 +170,8 @@ def test_finished_run(make, images, tmp_path):
     assert output.stat().st_mtime_ns == before
     with pytest.raises(ResumeError, match="is finished, with 16 images, and the inputs are others now"):
         make().write(images[:-1], output, **SMALL_PARTS)
+    with pytest.raises(ResumeError, match=r"the inputs are others now \(16 images\)"):
+        make().write([*images[:-1], images[0]], output, **SMALL_PARTS)
     make().write(images[:-1], output, part_size=4)
     assert len(output.read_text().splitlines()) == 12
 
@@ -214,6 +218,17 @@ def test_folder_of_somebody_elses(make, images, tmp_path, end, resume):
     assert (folder / "00000001.png").exists()
 
 
+@pytest.mark.parametrize("name", ["out.npy", "out.npy.errors.csv", "out.npy.manifest.json", "out.index.csv"])
+def test_folder_in_place_of_a_file(make, images, tmp_path, name):
+    """It is refused before any image is read."""
+    (tmp_path / name).mkdir()
+    embedder = make(swinfast.Embedder)
+    embedder.compute = lambda: pytest.fail("computed")
+    with pytest.raises(IsADirectoryError, match=f"output must be a file, got the folder {tmp_path / name}$"):
+        embedder.write(images, tmp_path / "out.npy")
+    assert not (tmp_path / "out.npy.parts").exists()
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_output_in_the_folder_of_its_inputs(make, images, tmp_path, finished):
     """It is no input of a second run, and nor are its parts; nor is it one where it is given."""
@@ -236,6 +251,32 @@ def test_output_in_the_folder_of_its_inputs(make, images, tmp_path, finished):
     with pytest.raises(ValueError, match=r"out.parquet is written by this run, and can't be an input of it"):
         make().write([folder, output], output, **options)
     assert parquet.read_table(output).num_rows == 3
+
+
+def negated(module, args, output):
+    return -output
+
+
+def negative(model, x):
+    return -type(model).forward(model, x)
+
+
+def configured(**config) -> Callable:
+    return lambda model: setattr(model, "pretrained_cfg", model.pretrained_cfg | config)
+
+
+OTHERS = {  # what create_model makes otherwise, and what is then done to it
+    "weights": ({}, lambda model: randomise(model, seed=1)),
+    "one weight": ({}, lambda model: torch.nn.init.zeros_(model.head.fc.bias)),
+    "windows": ({"window_size": 2}, lambda model: None),
+    "pooling": ({"global_pool": "max"}, lambda model: None),
+    "hook": ({}, lambda model: model.register_forward_hook(negated)),
+    "hook before": ({}, lambda model: model.stages[1].register_forward_pre_hook(negated)),
+    "patch": ({}, lambda model: setattr(model, "forward", MethodType(negative, model))),
+    "patch inside": ({}, lambda model: setattr(model.head, "forward", MethodType(negative, model.head))),
+    "crop": ({}, configured(crop_pct=0.5)),
+    "mean": ({}, configured(mean=(0.5, 0.5, 0.5))),
+}
 
 
 class TestRefusals:
@@ -274,9 +315,13 @@ class TestRefusals:
         with pytest.raises(ResumeError, match=f"can't be resumed: .*{re.escape(said)}"):
             make().write(swinfast.Images(paths, **chosen), unfinished, **SMALL_PARTS)
 
-    def test_other_weights(self, images, unfinished, model_folder):
-        model = randomise(swinfast.create_model(str(model_folder)), seed=1)
-        with pytest.raises(ResumeError, match="model was"):
+    @pytest.mark.parametrize("other", OTHERS)
+    def test_another_model(self, images, unfinished, model_folder, other):
+        options, change = OTHERS[other]
+        model = swinfast.create_model(str(model_folder), **options)
+        change(model)
+        what = "transform" if other in ("crop", "mean") else "model"
+        with pytest.raises(ResumeError, match=rf"can't be resumed: {what} was [^;]*; go back"):
             swinfast.Predictor(model, batch_size=2, device="cpu").write(images, unfinished, **SMALL_PARTS)
 
     def test_other_names(self, make, images, unfinished):

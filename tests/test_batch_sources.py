@@ -164,6 +164,21 @@ def test_files_from(files, tmp_path):
     assert images.count() == 4
 
 
+def test_lines_of_a_list_are_exact(embed, plain, files, tmp_path):
+    """They are no patterns, and a carriage return is one of a name's characters unless a line ends with it."""
+    awkward = [tmp_path / "more" / name for name in ("img[1].png", "a\rb.png", "*.png")]
+    write_image(tmp_path / "more" / "img1.png")
+    write_image(awkward[1])
+    lines = [files[0], awkward[0], files[1], awkward[1], awkward[2], *files[2:]]
+    for end in ("\n", "\r\n"):
+        (tmp_path / "list.txt").write_bytes(end.join(map(str, lines)).encode())
+        good, bad = embed(Images(files_from=str(tmp_path / "list.txt")))
+        assert list(good) == list(map(str, [*files[:2], awkward[1], *files[2:]]))
+        assert same({Path(name).stem: value for name, value in good.items() if name != str(awkward[1])}, plain)
+        assert list(bad) == [str(awkward[0]), str(awkward[2])]
+        assert all(reason.startswith("FileNotFoundError: ") for reason in bad.values())
+
+
 def test_byte_order_mark_of_a_list(files, tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(map(str, files)), encoding="utf-8-sig")
     assert list(Images(files_from=str(tmp_path / "list.txt")).files()) == list(map(str, files))

@@ -1,5 +1,6 @@
 """load_checkpoint and create_model(checkpoint_path=...): formats, old names, misfits and damaged files."""
 
+import argparse
 import copy
 import io
 import pickle
@@ -10,8 +11,10 @@ import torch
 from helpers import random_images, randomise, small_model_args
 from PIL import Image
 from safetensors.torch import save, save_file
+from torch import nn
 
 import swinfast
+from swinfast.checkpoints import load_state
 
 ARGS = small_model_args(img_size=16)
 NAME = "swinv2_cr_tiny_224"
@@ -56,6 +59,15 @@ FORMS = {
     "module._orig_mod.": lambda state: prefixed(state, "module._orig_mod."),
     "_orig_mod.module.": lambda state: prefixed(state, "_orig_mod.module."),
     "module.module._orig_mod.module.": lambda state: prefixed(state, "module.module._orig_mod.module."),
+    "timm's training": lambda state: {
+        "epoch": 3,
+        "arch": NAME,
+        "state_dict": state,
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999)}]},
+        "version": 2,
+        "args": argparse.Namespace(model=NAME, lr=0.1, opt_betas=None, mean=[0.5], model_kwargs={}),
+        "metric": 71.5,
+    },
     "parameters": lambda state: {key: torch.nn.Parameter(value) for key, value in state.items()},
 }
 
@@ -154,6 +166,43 @@ def test_misfit_names_all_and_changes_nothing(tmp_path, trained):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+KINDS = {
+    "sparse": (torch.Tensor.to_sparse, "torch.sparse_coo"),
+    "int8": (torch.Tensor.char, "torch.int8"),
+    "bool": (torch.Tensor.bool, "torch.bool"),
+    "complex": (lambda value: value.to(torch.complex64), "torch.complex64"),
+    "meta": (lambda value: value.to("meta"), "without values, on meta"),
+}
+
+
+@pytest.mark.parametrize("change, said", KINDS.values(), ids=KINDS)
+def test_weights_of_another_kind(tmp_path, trained, change, said):
+    """They are refused, and the model is as it was."""
+    state = trained.state_dict()
+    state["head.fc.weight"] = change(state["head.fc.weight"])
+    torch.save(state, tmp_path / "weights.pth")
+    model = make(seed=2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(swinfast.CheckpointError, match=rf"\n  no plain numbers \(1\): head.fc.weight is {said}$"):
+        swinfast.load_checkpoint(model, tmp_path / "weights.pth")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_whole_numbers_where_the_model_has_them(tmp_path):
+    """A count of batches, for example."""
+    model, other = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    model.num_batches_tracked += 3
+    load_state(other, model.state_dict(), "a file")
+    assert other.num_batches_tracked == 3
+
+
+def test_old_weights_of_another_kind(tmp_path):
+    state = {"attn.tau": torch.ones(2, 1, 1).to_sparse(), "head.weight": torch.ones(2, 2)}
+    torch.save(state, tmp_path / "old.pth")
+    with pytest.raises(swinfast.CheckpointError, match="does not fit"):
+        swinfast.load_checkpoint(make(), tmp_path / "old.pth")
+
+
 class Creates:
     """Unpickled in full, it would create a file."""
 
@@ -166,7 +215,11 @@ class Creates:
 
 def test_python_objects_are_not_run(tmp_path, trained):
     trap = tmp_path / "trap"
-    for name, content in (("plain.pth", Creates(trap)), ("nested.pth", trained.state_dict() | {"x": Creates(trap)})):
+    for name, content in (
+        ("plain.pth", Creates(trap)),
+        ("nested.pth", trained.state_dict() | {"x": Creates(trap)}),
+        ("arguments.pth", {"state_dict": trained.state_dict(), "args": argparse.Namespace(x=Creates(trap))}),
+    ):
         torch.save(content, tmp_path / name)
         (tmp_path / f"pickle_{name}").write_bytes(pickle.dumps(content, protocol=2))
         for file in (tmp_path / name, tmp_path / f"pickle_{name}"):

@@ -151,10 +151,11 @@ def test_unknown_model(predict, photos, tmp_path, capsys):
         ({"label_names": list(range(10))}, "label_names [0, 1, 2, 3, 4, 5, ...], expected a list of strings"),
         ({"num_classes": "10"}, "num_classes '10', expected a whole number of at least 0"),
         ({"num_classes": None}, "num_classes None, expected a whole number of at least 0"),
+        ({"model_args": {"depths": 2}}, "model_args that make no model: "),
         (None, "architecture None, expected one of "),
         ([], "architecture None, expected one of "),
     ],
-    ids=["label_names", "num_classes", "no num_classes", "null", "list"],
+    ids=["label_names", "num_classes", "no num_classes", "model_args", "null", "list"],
 )
 @pytest.mark.parametrize("command", ["predict", "embed", "bench", "verify"])
 def test_wrong_config(command, photos, tmp_path, model_folder, capsys, entries, said):
@@ -222,7 +223,18 @@ def test_missing_device(model_folder, photos, capsys):
     assert "swinfast: error: device 'cuda:77' is not available here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["predict"], ["predict", "x.png", "--dtype", "int8"], ["train"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["predict"],
+        ["predict", "x.png", "--dtype", "int8"],
+        ["predict", "x.png", "--num-classes", "-1"],
+        ["embed", "x.png", "--output", "x.npy", "--num-classes", "99999999999999999999"],
+        ["train"],
+    ],
+    ids=str,
+)
 def test_usage(arguments, capsys):
     with pytest.raises(SystemExit) as exit:
         main(arguments)

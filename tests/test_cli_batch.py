@@ -169,6 +169,16 @@ def test_output_among_the_inputs(predict, photos, tmp_path, monkeypatch, capsys)
     assert "error: out.parquet is written by this run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("end", ["errors.csv", "manifest.json"])
+def test_folder_in_place_of_a_file_beside_the_output(predict, photos, tmp_path, capsys, end):
+    """It is said at the start, and not when everything is computed."""
+    (tmp_path / f"out.csv.{end}").mkdir()
+    assert predict(photos, "--output", tmp_path / "out.csv") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("swinfast: error: ") and line.endswith(f"a file, got the folder {tmp_path}/out.csv.{end}")
+    assert [file.name for file in tmp_path.glob("out*")] == [f"out.csv.{end}"]
+
+
 def test_paths_are_checked_once(predict, photos, tmp_path, monkeypatch):
     """A shell may give a hundred thousand of them."""
     seen, is_written = [], Images._is_written

@@ -209,6 +209,8 @@ def test_unusable(bench, capsys, tmp_path, monkeypatch):
         (["--plot", tmp_path / "folder.png"], f"--plot must be a file, got the folder {tmp_path / 'folder.png'}"),
         (["--json", tmp_path / "closed/r.json"], f"--json must be a file that can be written, got {closed}"),
         (["--csv", tmp_path / "kept.csv"], f"--csv must be a file that can be written, got {kept}"),
+        (["--csv", tmp_path / "r", "--json", tmp_path / "r"], "--json, --csv and --plot must be different files"),
+        (["--plot", tmp_path / "r.png", "--csv", f"{tmp_path}/./r.png"], "must be different files"),
         (["--device", "tpu"], "tpu"),
         (["--checkpoint", tmp_path / "none.safetensors"], "none.safetensors"),
     ):
@@ -276,6 +278,7 @@ def test_verify_with_images(verify, capsys, tmp_path, monkeypatch):
         cli_bench, "verify", lambda model, fast, images: seen.append(images) or judge(model, fast, images)
     )
     files = [write_image(tmp_path / f"{seed}.png", seed) for seed in range(3)]
+    (tmp_path / "0.tar").touch()  # no image
     assert verify("--images", tmp_path) == 0
     assert seen[0].shape == (3, 3, 32, 32)
     assert "3 images: passed" in capsys.readouterr().out

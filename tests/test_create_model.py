@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,9 +15,12 @@ from helpers import random_images, randomise, small_model_args
 from safetensors.torch import save_file
 
 import swinfast
+from swinfast.predict import imagenet_labels
 
 ARGS = small_model_args(img_size=16, num_classes=1000)
 NAME = "swinv2_cr_tiny_ns_224"
+
+CLASSES = tuple(f"class {number}" for number in range(1000))
 
 
 def answers(model, channels: int = 3, size: tuple[int, int] = (16, 16)) -> torch.Tensor:
@@ -79,9 +83,10 @@ def test_error_for_unknown_names(name, message):
         swinfast.create_model(name)
 
 
-def test_error_for_unknown_options():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'windows'"):
-        swinfast.create_model(NAME, windows=7)
+def test_error_for_unknown_options(model_folder):
+    for name in (NAME, str(model_folder)):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'windows'"):
+            swinfast.create_model(name, windows=7)
 
 
 def test_error_for_two_sources_of_weights():
@@ -274,23 +279,46 @@ def test_folder_with_another_checkpoint(folder, tmp_path):
         (json.dumps(small(label_names=list(range(1000)))), r"label_names \[0, .* \.\.\.\], expected a list of str"),
         (json.dumps(small(label_names="cat")), "has label_names 'cat', expected a list of strings"),
         (json.dumps(small(label_names=7)), "has label_names 7, expected a list of strings"),
+        (json.dumps(small(model_args={"depths": 2})), "has model_args that make no model: .*int"),
+        (json.dumps(small(model_args={"patch_size": None})), "has model_args that make no model: .*None"),
+        (json.dumps(small(model_args={"img_size": [32]})), "has model_args that make no model: tuple index"),
+        (json.dumps(small(model_args={"patch_size": 0})), "has model_args that make no model: .*zero"),
+        (json.dumps(small(model_args={"embed_dim": -4})), "has model_args that make no model: .*negative"),
+        (json.dumps(small(model_args={"global_pool": "x"})), "has model_args that make no model: global_pool"),
+        (json.dumps(small(pretrained_cfg={"mean": [10**400] * 3})), "has mean .10.*, expected a list of numbers"),
+        (json.dumps(small(pretrained_cfg={"crop_pct": 10**400})), "has crop_pct 10.*, expected a number above 0"),
+        (json.dumps(small(pretrained_cfg={"std": [math.nan] * 3})), r"has std \[nan, .*, expected a list of numbers"),
+        (json.dumps(small(num_classes=10**20)), "has num_classes 10*, expected a whole number"),
     ],
     ids=[
         "JSON", "encoding", "list", "architecture", "architecture's type", "pretrained_cfg", "model_args",
         "unknown model_args", "input_size", "empty input_size", "mean", "std", "crop_pct", "interpolation",
         "global_pool", "num_classes", "no num_classes", "num_classes of true", "negative num_classes",
-        "num_classes in model_args", "label_names", "label_names in one", "label_names of another type",
+        "num_classes in model_args", "label_names", "label_names in one", "label_names of another type", "depths",
+        "patch_size", "img_size", "patch_size of 0", "negative embed_dim", "global_pool in model_args",
+        "large mean", "large crop_pct", "std that is no number", "large num_classes",
     ],
 )  # fmt: skip
 def test_error_for_wrong_config(tmp_path, content, message):
     (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         swinfast.create_model(str(tmp_path))
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'} ")
 
 
-@pytest.mark.parametrize("names", [None, {"0": "ant", "7": "bee"}], ids=["none", "timm's other form"])
-def test_folder_with_other_label_names(folder, trained, names):
-    assert torch.equal(answers(swinfast.create_model(folder(**small(label_names=names)))), answers(trained))
+@pytest.mark.parametrize(
+    "names, labels",
+    [
+        (None, imagenet_labels()),
+        ({"0": "ant", "7": "bee"}, ("ant", *map(str, range(1, 7)), "bee", *map(str, range(8, 1000)))),
+        ({str(number): name for number, name in reversed([*enumerate(CLASSES)])}, CLASSES),
+    ],
+    ids=["none", "some by number", "all by number"],
+)
+def test_folder_with_other_label_names(folder, trained, names, labels):
+    model = swinfast.create_model(folder(**small(label_names=names)))
+    assert torch.equal(answers(model), answers(trained))
+    assert swinfast.Predictor(model, device="cpu", workers=0).labels == labels
 
 
 def test_error_for_a_folder_without_config(tmp_path):

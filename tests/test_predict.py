@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,14 @@ class TestFindImages:
         write_image(Path("photos/x[1].png"))
         assert find_images(["photos/x[1].png"]) == ["photos/x[1].png"]
 
+    def test_archives(self):
+        """They are images where they are named, and not where they are found."""
+        names = ["photos/x.tar", "photos/x.parquet", "photos/sub/y.tar.gz", "photos/sub/z.TAR"]
+        for name in names:
+            Path(name).touch()
+        assert find_images(["photos/sub"]) == [f"photos/sub/{name}" for name in ("c.jpeg", "deep/d.webp", "e.bmp")]
+        assert find_images(["photos/b*", *map(Path, names)]) == ["photos/b.png", *names]
+
     def test_none(self):
         Path("empty").mkdir()
         assert find_images(["empty"]) == []
@@ -116,7 +125,25 @@ def test_batch_size_does_not_matter(model, images, batch_size):
 def test_numbers_of_any_integral_type(model, images, tmp_path):
     """The manifest has them too."""
     predictor = swinfast.Predictor(model, batch_size=np.int64(3), workers=np.int32(0), topk=np.uint8(2))
-    assert predictor.write(images, tmp_path / "out.jsonl").images == 7
+    for part_size in (None, np.int64(4)):
+        assert predictor.write(images, tmp_path / "out.jsonl", part_size=part_size).images == 7
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"part_size": "7"}, "part_size must be a whole number, got '7'"),
+        ({"part_size": 1.5}, "part_size must be a whole number, got 1.5"),
+        ({"part_size": True}, "part_size must be a whole number, got True"),
+        ({"part_size": np.int64(0)}, "part_size must be at least 1, got 0"),
+        ({"devices": "cpu"}, "devices must be several names, got 'cpu'"),
+    ],
+    ids=["string", "float", "True", "NumPy's 0", "one device"],
+)
+def test_error_for_wrong_options_of_write(model, images, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        swinfast.Predictor(model, device="cpu", workers=0).write(images, tmp_path / "out.csv", **options)
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 32])
@@ -136,6 +163,27 @@ def test_failures_are_in_their_places(model, images, bad_images, batch_size):
     for result, expected in zip(good, alone, strict=True):
         assert (result.filename, result.indices) == (expected.filename, expected.indices)
         assert result.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_paths_of_no_regular_files(model, images, tmp_path, workers):
+    """Failures too. Whoever opened the pipe would find its end, and not wait for ever."""
+    paths = [str(images[0]), "a\0b.jpg", str(tmp_path / "pipe.png"), str(images[1])]
+    os.mkfifo(paths[2])
+    writer = threading.Thread(target=lambda: os.close(os.open(paths[2], os.O_WRONLY)))
+    writer.start()
+    try:
+        summary = swinfast.Predictor(model, device="cpu", workers=workers).write(paths, tmp_path / "out.csv")
+    finally:
+        reader = os.open(paths[2], os.O_RDONLY | os.O_NONBLOCK)
+        writer.join()
+        os.close(reader)
+    assert (summary.images, summary.failures) == (4, 2)
+    assert [row[0] for row in read_csv(tmp_path / "out.csv")[1:]] == [paths[0], paths[3]]
+    (nul, no_path), failed_pipe = read_csv(tmp_path / "out.csv.errors.csv")[1:]
+    assert nul == paths[1] and no_path.startswith("ValueError: ") and "null" in no_path
+    assert failed_pipe == [paths[2], "OSError: no regular file"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, IndexError, MemoryError, Image.DecompressionBombError, SyntaxError])
@@ -352,6 +400,12 @@ class TestLabels:
     def test_of_the_model(self):
         assert swinfast.Predictor(self.small(2, label_names=["cat", "dog"])).labels == ("cat", "dog")
 
+    @pytest.mark.parametrize("kind", [int, str])
+    def test_by_number(self, kind):
+        """As timm has them, as numbers or, out of JSON, as strings; some may be missing."""
+        names = {kind(2): "dog", kind(0): "cat", kind(7): "none of this model's"}
+        assert swinfast.Predictor(self.small(3, label_names=names)).labels == ("cat", "1", "dog")
+
     def test_given(self):
         model = self.small(2, label_names=["cat", "dog"])
         assert swinfast.Predictor(model, labels=["a", "b"]).labels == ("a", "b")
@@ -387,6 +441,9 @@ class TestLabels:
         ({"threads": 1.5}, ValueError, "threads must be a whole number, got 1.5"),
         ({"topk": 0}, ValueError, "topk must be at least 1, got 0"),
         ({"topk": 2.0}, ValueError, "topk must be a whole number, got 2.0"),
+        ({"labels": "abcdefghij"}, ValueError, "labels must be several strings, got 'abcdefghij'"),
+        ({"labels": 10}, ValueError, "labels must be several strings, got 10"),
+        ({"labels": range(10)}, ValueError, "labels must be strings, got 0"),
         ({"dtype": torch.int8}, ValueError, "dtype must be one of .* or None, got torch.int8"),
         ({"dtype": "float32"}, ValueError, "got 'float32'"),
         ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'torch', 'triton', got 'cuda'"),
@@ -395,7 +452,8 @@ class TestLabels:
     ],
     ids=[
         "batch_size", "NumPy's 0", "a tensor's 0", "batch_size of True", "float", "None", "workers", "auto workers",
-        "threads", "topk", "topk of float", "dtype", "dtype by name", "backend", "unknown device", "missing device",
+        "threads", "topk", "topk of float", "labels in one", "number of labels", "labels of numbers", "dtype",
+        "dtype by name", "backend", "unknown device", "missing device",
     ],
 )  # fmt: skip
 def test_error_for_wrong_options(model, options, error, message):

@@ -224,23 +224,35 @@ def test_padding_is_black():
     assert pixels[:, 16:48, 16:48].min() == 1
 
 
-@pytest.mark.parametrize("size", [(500, 375), (40, 3000), (3000, 60), (224, 5000)], ids=str)
-def test_strips_are_resized_in_part(size, monkeypatch):
+@pytest.mark.parametrize(
+    "size, transform, part",
+    [
+        ((500, 375), Transform((224, 224)), (224, 224)),
+        ((40, 3000), Transform((224, 224)), (224, 224)),
+        ((3000, 60), Transform((224, 224)), (224, 224)),
+        ((224, 5000), Transform((224, 224)), (224, 224)),
+        ((1, 2000), Transform((32, 64), crop_pct=1.3), (49, 32)),
+        ((2000, 1), Transform((32, 64), crop_pct=1.3), (64, 24)),
+        ((3, 900), Transform((32, 32), crop_pct=2.0), (16, 32)),
+    ],
+    ids=["photo", "40 by 3000", "3000 by 60", "224 by 5000", "1 by 2000", "2000 by 1", "3 by 900"],
+)
+def test_strips_are_resized_in_part(size, transform, part, monkeypatch):
     """What a strip would grow to beyond the crop is never computed; the crop is the same but for rounding.
 
-    The contrast is low, so that nothing overshoots: Pillow clips between its two passes, whose order may differ here.
+    With a crop_pct above 1 the strip is narrower than the crop. The contrast is low, so that nothing overshoots: Pillow
+    clips between its two passes, whose order may differ here.
     """
     noise_of_few = np.random.default_rng(0).integers(100, 156, (size[1], size[0], 3), dtype=np.uint8)
-    image, transform = Image.fromarray(noise_of_few), Transform((224, 224))
+    image = Image.fromarray(noise_of_few)
     whole = np.asarray(transform.crop(image), dtype=int)
     monkeypatch.setattr(pixels, "LARGEST_RESIZED", 0)
     resize, resized = Image.Image.resize, []
     monkeypatch.setattr(
         Image.Image, "resize", lambda self, to, *a, **k: resized.append(to) or resize(self, to, *a, **k)
     )
-    part = np.asarray(transform.crop(image), dtype=int)
-    difference = np.abs(part - whole)
+    difference = np.abs(np.asarray(transform.crop(image), dtype=int) - whole)
     assert difference.max() <= 2
     assert difference.mean() < 0.25
     if size != (500, 375):
-        assert resized == [(224, 224)]
+        assert resized == [part]

@@ -87,6 +87,17 @@ def test_names_of_any_filesystem(images, tmp_path):
     assert swinfast.ray._Opened(f"{uri}/{images[1].name}", None).source() == images[1].read_bytes()
 
 
+def test_archives_in_folders_are_left_out(images, tmp_path):
+    """The same on disks as elsewhere; one that is named is told to be no image."""
+    folder = tmp_path / "photos"
+    for name in ("shard.tar", "rows.parquet"):
+        (folder / name).touch()
+    names = list(map(str, images))
+    assert list(swinfast.ray._names([str(folder)], None)) == names
+    assert [name.removeprefix("file://") for name in swinfast.ray._names([folder.as_uri()], None)] == names
+    assert list(swinfast.ray._names([f"{folder}/shard.tar", names[0]], None)) == [f"{folder}/shard.tar", names[0]]
+
+
 def write_older(folder: Path) -> None:
     """What an older run may have left."""
     folder.mkdir()

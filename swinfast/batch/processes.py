@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from ..autocast import autocast_dtype
+from ..pixels import pillow_settings, set_pillow
 from .compute import Waits
 from .decode import usable_cores
 from .parts import ResumeError
@@ -73,6 +75,7 @@ def _start(device: str, job: Job, rank: int, world: int) -> subprocess.Popen:
     pipeline.model = pipeline.model if pipeline.device.type == "cpu" else copy.deepcopy(pipeline.model).cpu()
     threads = max(1, usable_cores() // world) if on_cpu and pipeline.threads == 0 else 1  # of each call of PyTorch
     message = {"device": device, "rank": rank, "world": world, "threads": threads}
+    message |= {"pillow": pillow_settings(), "autocast": autocast_dtype(torch.device(device))}  # as they are here
     try:
         pickle.dump((message, replace(job, pipeline=pipeline)), child.stdin)
         child.stdin.flush()
@@ -103,9 +106,13 @@ def main() -> None:
         message, job = pickle.load(sys.stdin.buffer)
         threading.Thread(target=_end_with_parent, daemon=True).start()
         torch.set_num_threads(message["threads"])
+        set_pillow(message["pillow"])
         job.pipeline.say = lambda text: tell(say=text)
         job.pipeline.move(message["device"])
-        share = work(job, lambda names, reasons: tell(names=names, reasons=reasons), message["rank"], message["world"])
+        place, region = torch.device(message["device"]).type, message["autocast"]
+        with torch.autocast(place, region, enabled=region is not None):
+            watch = lambda names, reasons: tell(names=names, reasons=reasons)  # noqa: E731
+            share = work(job, watch, message["rank"], message["world"])
         tell(parts=share.parts, waits=asdict(share.waits))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -201,11 +201,11 @@ class _Header(tarfile.TarInfo):
 def find_images(paths: Iterable[str | Path]) -> list[str]:
     """The image files meant by files, folders (searched recursively) and glob patterns, each sorted by name.
 
-    Archives in folders are no image files. A path that is nothing of these stays in the list, so that reading it says
-    what is wrong.
+    Archives are none, unless they are given by name. A path that is nothing of these stays in the list, so that reading
+    it says what is wrong.
     """
     given = tuple(map(str, paths))
-    return [file for file in Images(given).files() if file in given or not file.lower().endswith(TAR + PARQUET)]
+    return [file for file in Images(given).files() if not file.lower().endswith(TAR + PARQUET) or file in given]
 
 
 def has_image_ending(name: str) -> bool:
