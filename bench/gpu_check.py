@@ -134,23 +134,13 @@ def _processes() -> int:
 
 
 def _models(visit: Visit, file: str = "models.csv") -> list[Command]:
-    """The peers' table, with those of its options that bench.models has."""
-    known = _help("bench.models")
-    wanted = {
-        "--dtypes": ("float16", "bfloat16") if GPU else ("float32",),
-        "--batch-sizes": ("1", "32", "256") if GPU else ("1",),
-        "--device": ("cuda" if GPU else "cpu",),
-        "--minutes": _minutes(visit)[1:],
-        "--output": (str(visit.output / file),),
-    }
+    """swinfast beside the plain model first: compiling the peers may take longer than there is."""
+    options = ("--device", "cuda" if GPU else "cpu", *_minutes(visit), "--output", str(visit.output / file))
+    command = (*PYTHON, "bench.models", "--models", MODEL, *options)
     if not GPU:
-        wanted["--rounds"] = ("2",)
-    options = [word for name, values in wanted.items() if name in known for word in (name, *values)]
-    return [(*PYTHON, "bench.models", "--models", MODEL, *options)]
-
-
-def _help(module: str) -> str:
-    return subprocess.run([*PYTHON, module, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+        return [(*command, "--dtypes", "float32", "--batch-sizes", "1", "--rounds", "2")]
+    command = (*command, "--dtypes", "float16", "bfloat16", "--batch-sizes", "1", "32", "256")
+    return [(*command, "--engines", "swinfast", "eager"), command]
 
 
 def _models_again(visit: Visit) -> list[Command]:

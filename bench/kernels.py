@@ -96,11 +96,15 @@ def measure(case: Case, peaks: Peaks, options: Options) -> dict[str, Any]:
             return row | {"problem": problem_of(error)}
         if options.check_only:
             return row
-        seconds = options.timer(launches_of(lambda: function(**arguments), options.device))
+        try:
+            seconds = options.timer(launches_of(lambda: function(**arguments), options.device))
+        except Exception as error:
+            return row | {"problem": problem_of(error)}
         row |= speed(case, seconds, peaks)
         if options.eager:
             plain, given = definition(case, inputs, PRECISIONS[case.precision])
-            row["eager_us"] = round(1e6 * options.timer(lambda: plain(**given)), 2)
+            with suppress(torch.OutOfMemoryError):  # the definition takes more memory than the kernel
+                row["eager_us"] = round(1e6 * options.timer(lambda: plain(**given)), 2)
     return row
 
 

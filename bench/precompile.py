@@ -3,8 +3,9 @@
 `python -m bench.precompile --arch sm_90 [--models NAME …] [--batch-sizes 1 256] [--dtypes float16 …] [--forms tables …]
 [--candidates N]`
 
-Compiling is most of the time of a first run. Copy the cache (TRITON_CACHE_DIR) to a machine with the same versions of
-Triton and of this project, and nothing that was compiled here is compiled there.
+Compiling is most of the time of a first run. Copy the cache (TRITON_CACHE_DIR) to the same path on a machine with the
+same versions of Triton and of this project, and nothing that was compiled here is compiled there. Triton keeps whole
+paths in it, so at another path it is worth nothing.
 """
 
 import argparse

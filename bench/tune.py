@@ -277,6 +277,9 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[..., Timer] = tim
     for row in rows:
         print(json.dumps(row))
     print(f"{len(finals)} of {len(targets)} targets, {len(rows)} rows{'' if gpu else '; no measurement: no GPU'}")
+    done = {str(target) for target, _ in finals}
+    if not left and any(target.in_use and str(target) not in done for target in targets):
+        return 1  # nothing runs, as was said
     return OUT_OF_TIME if left or compositions.cut else 0
 
 

@@ -174,6 +174,8 @@ def capture(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callab
     Returns:
         (what launches it all again, the output that this writes).
     """
+    if device.index is None:  # the current one, which tensors know by its number
+        device = torch.device(device.type, torch.cuda.current_device())
     key = device, stream_of(device)
     pool = _pools.get(key) or Pool(device)
     _pools[key] = pool
@@ -192,6 +194,8 @@ def capture(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callab
         _side_stream.cache_clear()
         with suppress(RuntimeError):  # where PyTorch did that itself
             end_allocations(device, pool.handle)
+        with suppress(Exception):
+            _end_of_randomness(device)
         raise
     return partial(_replay, graph, pool), output
 
@@ -199,6 +203,16 @@ def capture(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callab
 def end_allocations(device: torch.device, pool: tuple[int, int]) -> None:
     """A capture that failed leaves PyTorch allocating in its pool, in which nothing could be captured any more."""
     torch._C._cuda_endAllocateToPool(torch.cuda._utils._get_device_index(device, optional=True), pool)
+
+
+def _end_of_randomness(device: torch.device) -> None:
+    """A capture that failed at its end leaves the random generator in it, until another one ends."""
+    with (
+        torch.cuda.device(device),
+        torch.cuda.stream(torch.cuda.current_stream(device)),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(device)),
+    ):
+        torch.empty(1, device=device).zero_()
 
 
 @contextmanager

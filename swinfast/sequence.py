@@ -114,8 +114,11 @@ class FusedStages(FusedWhole):
                 kind,
                 reads=lambda: self.tables(plan, kind),
                 compute=partial(self.compute, plan),
-                plain=lambda: self._one_by_one(plan, x),
+                plain=partial(self._without_graph, plan, x),
             )
+        return self._without_graph(plan, x)
+
+    def _without_graph(self, plan: SequencePlan, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
             return self._one_by_one(plan, x)
         return _in_parts(partial(self._at_once, plan), x)

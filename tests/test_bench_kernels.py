@@ -195,6 +195,16 @@ def test_measure():
     assert json.loads(row["config"]) == {**chosen.blocks, "num_warps": chosen.num_warps, "num_stages": 1}
 
 
+def test_a_kernel_that_cannot_be_timed_has_a_problem():
+    """The others go on."""
+
+    def timer(function):
+        raise torch.OutOfMemoryError("no room")
+
+    row = kernels.measure(small("norm_residual"), PEAKS, OPTIONS._replace(timer=timer))
+    assert row["problem"] == "OutOfMemoryError: no room" and "time_us" not in row
+
+
 @pytest.mark.parametrize("problem", ["wrong", "raises"])
 def test_a_kernel_that_is_wrong_has_no_time(monkeypatch, problem):
     def operation(**arguments):

@@ -140,7 +140,6 @@ def test_summary_fits_a_screen(check):
 
 @pytest.fixture
 def options(monkeypatch):
-    monkeypatch.setattr(gpu_check, "_help", lambda module: "--minutes MINUTES --output FILE --dtypes --batch-sizes")
     monkeypatch.setattr(gpu_check, "_processes", lambda: 15)
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{Path(name).name}")
 
@@ -168,13 +167,6 @@ def test_commands(name, gpu, tmp_path, options, monkeypatch):
                 PARSERS[module]().parse_args(rest)
             else:
                 assert module in ("pytest", "bench.models", "bench.peaks")
-
-
-def test_options_that_a_script_has(options):
-    (command,) = STEPS["models"].commands(Visit(Path("folder"), 2.0))
-    assert "--device" not in command and "--rounds" not in command  # that of the stand-in's help has neither
-    assert "--batch-sizes" in command
-    assert command[command.index("--output") + 1] == "folder/models.csv"
 
 
 def test_tests_for_a_gpu_are_found():

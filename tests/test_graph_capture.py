@@ -42,6 +42,22 @@ def test_graphs_of_a_stream_share_a_pool_that_dies_with_them(monkeypatch):
     assert pools[3] not in pools[:3]
 
 
+def test_a_device_without_a_number_is_the_current_one(monkeypatch):
+    """The current stream is asked for by number, and by it tensors know their device."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 10 + index, raising=False)
+    for name in ("device", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: nullcontext())
+    asked = []
+    monkeypatch.setattr(graphs, "_side_stream", lambda *key: asked.append(key))
+    kept = [graphs.capture(lambda: None, torch.device(name)) for name in ("cuda", "cuda:3", "cuda:1")]
+    assert len(kept) == 3
+    assert asked == [(torch.device("cuda:3"), 13)] * 2 + [(torch.device("cuda:1"), 11)]
+
+
 def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch):
     """torch.cuda.graph ends the capture before it goes back to the caller's stream, which an error there prevents."""
     current = ["the caller's"]
@@ -56,9 +72,12 @@ def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch):
             current[:] = before
 
     @contextmanager
-    def graph(graph, pool, stream, capture_error_mode):
+    def graph(graph, pool=None, stream=None, capture_error_mode=None):
         current[:] = [stream]
         yield
+        if pool is None:  # nothing of ours, so that a capture has ended well
+            ended_well.append(stream)
+            return
         raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
@@ -67,7 +86,9 @@ def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
-    made, ended = [], []
+    made, ended, ended_well = [], [], []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "another stream")
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
     side_stream = cache(lambda device, stream: made.append("a stream") or "the side stream")
     monkeypatch.setattr(graphs, "_side_stream", side_stream)
     monkeypatch.setattr(graphs, "stream_of", lambda device: 0)
@@ -78,7 +99,7 @@ def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch):
     with pytest.raises(RuntimeError, match="previous error"):
         graphs.capture(lambda: None, device)
     assert current == ["the caller's"]
-    assert ended == [kept.handle]
+    assert ended == [kept.handle] and ended_well == ["another stream"]
     with pytest.raises(RuntimeError, match="previous error"):
         graphs.capture(lambda: None, device)
     assert ended[1] != kept.handle and len(made) == 2  # neither pool nor stream is taken again

@@ -49,6 +49,15 @@ def run(tmp_path):
     return run
 
 
+def test_nothing_that_runs_is_a_failure(run, capsys):
+    def timer(function, rep=0):
+        raise RuntimeError("no stream")
+
+    status, table, _ = run(timer)
+    assert status == 1 and not table.exists()
+    assert "FAILED: nothing runs" in capsys.readouterr().out
+
+
 def test_the_fastest_becomes_a_row(run, capsys):
     status, table, log = run(fewer_stages_are_faster)
     assert status == 0
