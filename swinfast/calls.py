@@ -9,6 +9,8 @@ from torch.nn.modules import module as module_globals
 
 from .autocast import autocast_dtype
 
+KEY = torch._C._TorchDispatchModeKey
+
 
 def kind_of(x: Tensor) -> tuple[torch.dtype | None, str]:
     """What the fused computation depends on besides weights and input: the autocast region, whether TF32 is allowed."""
@@ -19,7 +21,11 @@ def is_traced(x: Tensor) -> bool:
     """Whether a graph is made of this call, or the tensor is none that can be computed with."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.is_meta:
         return True
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # of make_fx
+    return (
+        torch._C._get_dispatch_mode(KEY.FAKE) is not None
+        or torch._C._get_dispatch_mode(KEY.PROXY) is not None  # of make_fx, as the next one
+        or torch._ops._get_dispatch_mode_pre_dispatch(KEY.PROXY) is not None
+    )
 
 
 def needs_grad(x: Tensor, parameters: Iterable[Tensor]) -> bool:

@@ -2,7 +2,9 @@
 
 import argparse
 import pickle
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 # Where training scripts put the weights; the averaged ones first, as timm takes them.
 NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")
+_LOADING = threading.Lock()
 
 
 class CheckpointError(RuntimeError):
@@ -104,7 +107,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments that timm's training keeps
+        with _with_namespaces():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -113,6 +116,17 @@ def _read_torch(path: Path) -> Any:
         ) from error
     except Exception as error:  # a damaged file makes the unpickler raise nearly any type: IndexError, struct.error, …
         raise CheckpointError(f"{path} can't be read as a PyTorch checkpoint: {error}") from error
+
+
+@contextmanager
+def _with_namespaces() -> Iterator[None]:
+    """Let checkpoints hold the arguments that timm's training keeps. What is let in is so for the whole process."""
+    with _LOADING:
+        if argparse.Namespace in torch.serialization.get_safe_globals():  # by the program, which goes on to need it
+            yield
+            return
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            yield
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:

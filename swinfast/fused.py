@@ -6,7 +6,6 @@ In training mode, and wherever the fused computation would not be faithful, the 
 
 import copy
 import warnings
-from collections.abc import Mapping
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -21,7 +20,7 @@ from .backends import choose
 from .calls import is_traced, is_transformed, kind_of, needs_grad
 from .errors import in_a_line
 from .plan import Plan
-from .recompute import FusedForward, original_of
+from .recompute import FusedForward
 from .self_check import is_asked_for, self_check
 from .specs import ImageScale
 
@@ -72,7 +71,8 @@ class Fused:
 
     def __reduce_ex__(self, protocol):
         """Rebuild from the two parents: the class itself is made at run time and can't be imported."""
-        state = self.__dict__ | {"_swinfast": copy.copy(self._swinfast)}  # a plan is of one module
+        # a plan is of one module, and so is what Module.compile made
+        state = self.__dict__ | {"_swinfast": copy.copy(self._swinfast), "_compiled_call_impl": None}
         return _rebuild, (type(self).__bases__[0], self.original), state
 
     def _replicate_for_data_parallel(self):
@@ -115,10 +115,6 @@ class FusedComputation(Fused):
         if needs_grad(x, plan.parameters):
             return FusedForward.apply(self, plan, self._kept(self._prepare(plan.spec, x)), *plan.parameters)
         return self.fused_forward(plan, x)
-
-    def recomputed(self, plan: Plan, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """What the original computes with these tensors, by the names of the plan's parameters."""
-        return original_of(self, tensors)(x)
 
     def fused_forward(self, plan: Plan, x: Tensor) -> Tensor:
         """The fused computation without gradients, by another backend where Triton fails at it."""

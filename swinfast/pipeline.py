@@ -197,7 +197,8 @@ class Pipeline:
         if not is_classifier(cls) or not isinstance(embed, FusedPatchEmbed) or embed.plan().reason:
             return False
         patched = foreign_methods(cls) or any(name in model.__dict__ for name in methods(cls))
-        hooked = model._forward_pre_hooks or embed._forward_pre_hooks or "forward" in embed.__dict__
+        patched = patched or "forward" in embed.__dict__
+        hooked = any(getattr(module, hooks) for module in (model, embed) for hooks in HOOKS)
         return not (patched or hooked or is_transformed())
 
     def _probe(self) -> None:
@@ -238,8 +239,7 @@ class Pipeline:
 
 def _name_of(function: Any) -> str:
     """The same in every process."""
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def crop_of(model: nn.Module, draft: bool = False) -> Crop:

@@ -5,6 +5,7 @@ It needs Pillow alone, so that a process which does nothing but decode starts fa
 
 import io
 import math
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class Crop:
         """Decode an image file; raises OSError (or Pillow's own errors) where it can't be read."""
         if isinstance(source, tuple):
             source = _read_span(*source)
-        elif not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):
+        elif isinstance(source, str | os.PathLike) and not stat.S_ISREG(Path(source).stat().st_mode):
             raise OSError("no regular file")  # to read a pipe could take for ever
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if self.draft:

@@ -44,22 +44,21 @@ class Plan:
         reason: Why the module is left as it is, None where it is replaced.
         spec: What the adapter read, None where the adapter has a reason.
         backend: What computes the module, None where there is a reason; note says more of it, or is None.
-        parameters: All parameters inside, in order, and parameter_names their names.
+        parameters: All parameters inside, in order, each once; places: which is where, once a backward pass may come.
         graphs: The CUDA graphs of the module.
         derivations: How often anything was derived from the weights.
     """
 
     def __init__(self, adapter: Adapter, module: nn.Module, backend: str, failure: str | None = None):
         """failure: Why Triton, though chosen, can't compute the module, None where it has not failed."""
-        named = dict(module.named_parameters())
-        self.parameter_names = tuple(named)
-        self.parameters = tuple(named.values())
+        self.parameters = tuple(module.parameters())
         self.spec, choice = None, Choice(None, reason=why_not(adapter, module))
         if choice.reason is None:
             self.spec = adapter.read(module)
             choice = choose(backend, self.spec, self.parameters[0].device, self.parameters[0].dtype, failure)
         self.backend, self.reason, self.note = choice
         self.graphs = Graphs()
+        self.places: dict[str, int] | None = None
         self.derivations = 0
         self._derived: dict[Hashable, tuple[list[int], Any]] = {}  # with the versions of the weights it came from
         self._lock = threading.Lock()
@@ -137,19 +136,16 @@ class SequencePlan:
 
     Attributes:
         plans: One for each module.
-        parameters, parameter_names: Of all, by the names that they have in the Sequential.
+        parameters: Of all, each once; places as in Plan.
         graphs: The CUDA graphs of the whole.
     """
 
     def __init__(self, module: nn.Sequential, plans: Sequence[Plan]):
         self._children = module._modules
         self.plans = tuple(plans)
-        named: dict[Tensor, str] = {}  # what several share is one parameter, under its first name
-        for child, plan in zip(self._children, plans, strict=True):
-            for name, parameter in zip(plan.parameter_names, plan.parameters, strict=True):
-                named.setdefault(parameter, f"{child}.{name}")
-        self.parameters, self.parameter_names = tuple(named), tuple(named.values())
+        self.parameters = tuple(dict.fromkeys(chain.from_iterable(plan.parameters for plan in plans)))
         self.graphs = Graphs()
+        self.places: dict[str, int] | None = None
 
     def holds(self, plans: Sequence[Plan]) -> bool:
         """Whether these are still the modules' plans."""

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,11 @@ from .adapters import HOOKS, class_of, methods
 
 
 class FusedForward(torch.autograd.Function):
-    """module.fused_forward(plan, x) with the gradients of module.recomputed(plan, …); parameters are the plan's."""
+    """module.fused_forward(plan, x) with the gradients of the original; parameters are the plan's."""
 
     @staticmethod
     def forward(ctx, module, plan, x, *parameters):
-        ctx.module, ctx.plan = module, plan
+        ctx.module, ctx.plan, ctx.places = module, plan, _places(module, plan)
         device = x.device.type
         ctx.autocast = {
             "device_type": device,
@@ -36,12 +37,16 @@ class FusedForward(torch.autograd.Function):
         # none by now.
         with torch.enable_grad():
             inputs = [
-                saved.view_as(saved) if create_graph else saved.detach().requires_grad_(need)
+                saved.view_as(saved)
+                if create_graph and (saved.requires_grad or not need)
+                else saved.detach().requires_grad_(need)
                 for saved, need in zip(ctx.saved_tensors, needed, strict=True)
             ]
         x, *parameters = inputs
-        with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            output = ctx.module.recomputed(ctx.plan, dict(zip(ctx.plan.parameter_names, parameters, strict=True)), x)
+        tensors = {path: parameters[number] for path, number in ctx.places.items()}
+        # what autocast makes of tensors that are new each time would stay in its cache
+        with torch.enable_grad(), torch.autocast(**ctx.autocast, cache_enabled=False):
+            output = original_of(ctx.module, tensors)(x)
         wanted = [index for index, need in enumerate(needed) if need]
         found = torch.autograd.grad(
             output, [inputs[index] for index in wanted], gradient, create_graph=create_graph, allow_unused=True
@@ -52,31 +57,39 @@ class FusedForward(torch.autograd.Function):
         return None, None, *gradients
 
 
+def _places(module: nn.Module, plan: Any) -> dict[str, int]:
+    """Which of the plan's parameters is at each path in the module; a plan keeps what was found."""
+    if plan.places is None:
+        numbers = {id(parameter): number for number, parameter in enumerate(plan.parameters)}
+        named = module.named_parameters(remove_duplicate=False)
+        plan.places = {path: numbers[id(parameter)] for path, parameter in named}
+    return plan.places
+
+
 def _itself(x: Tensor) -> Tensor:
     """x on the same memory and no view: autograd lets nobody change a view that a function returns in place."""
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
-def original_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The original of a replaced module as its forward pass ran it: in eval mode, without the hooks and patches that
-    came since, and with these tensors for its parameters. The module itself is left alone: others may be using it.
+def original_of(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> nn.Module:
+    """The original of a replaced module as its forward pass ran it: in eval mode, without the hooks, patches and
+    compiled calls that came since, and with these tensors for its parameters. The module itself is left alone: others
+    may be using it.
 
     Args:
-        tensors: By the names of the module's parameters.
+        tensors: By the paths of all places in the module where there is a parameter, shared ones under each.
     """
-    return _double(module, {id(parameter): tensors[name] for name, parameter in module.named_parameters()})
-
-
-def _double(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
     cls = class_of(module)
+    left_out = {*methods(cls), "_compiled_call_impl"}
     made = object.__new__(cls)
     made.__dict__ = {
-        **{name: value for name, value in module.__dict__.items() if name not in methods(cls)},
+        **{name: value for name, value in module.__dict__.items() if name not in left_out},
         **{hooks: OrderedDict() for hooks in HOOKS},
         "training": False,
-        "_parameters": {name: tensors.get(id(value), value) for name, value in module._parameters.items()},
+        "_parameters": {name: tensors.get(prefix + name, value) for name, value in module._parameters.items()},
         "_modules": {
-            name: None if child is None else _double(child, tensors) for name, child in module._modules.items()
+            name: None if child is None else original_of(child, tensors, f"{prefix}{name}.")
+            for name, child in module._modules.items()
         },
     }
     return made

@@ -1,7 +1,7 @@
 """The Sequential of stages, replaced: where nothing tells it from one computation, it is one."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -98,13 +98,6 @@ class FusedStages(FusedWhole):
 
     def tables(self, plan: SequencePlan, kind: tuple) -> tuple:
         return tuple(stage.tables(one, kind) for stage, one in zip(self, plan.plans, strict=True))
-
-    def recomputed(self, plan: SequencePlan, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """Stage by stage, so that a backward pass keeps the activations of one stage at a time."""
-        named = dict(zip(plan.parameters, map(tensors.get, plan.parameter_names), strict=True))
-        for stage, one in zip(self, plan.plans, strict=True):
-            x = FusedForward.apply(stage, one, x, *map(named.get, one.parameters))
-        return x
 
     def fused_forward(self, plan: SequencePlan, x: Tensor) -> Tensor:
         if not self._is_unchecked() and graphs.may_run(self._swinfast.cuda_graphs, plan, x):

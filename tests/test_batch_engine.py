@@ -283,6 +283,10 @@ def hook(module: nn.Module, change: Callable) -> None:
     module.register_forward_pre_hook(lambda module, args: (change(args[0]),))
 
 
+def hook_that_looks_at_images(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, args, output: output + args[0].float().mean((1, 2, 3), keepdim=True))
+
+
 def halved(method: Callable) -> Callable:
     return lambda module, x: method(module, x * 0.5)
 
@@ -300,6 +304,7 @@ CHANGES = {
     "clamped before the model": lambda model: hook(model, lambda x: x.clamp(-0.5, 0.5)),
     "halved before the model": lambda model: hook(model, lambda x: x * 0.5),
     "halved before the patch embedding": lambda model: hook(model.patch_embed, lambda x: x * 0.5),
+    "looked at after the patch embedding": lambda model: hook_that_looks_at_images(model.patch_embed),
     "halved by a wrapper": lambda model: Wrapper(model, lambda x: x * 0.5),
     "halved by a wrapper with a patch embedding": lambda model: with_patch_embedding(Wrapper(model, lambda x: x * 0.5)),
     "flipped by a wrapper": lambda model: Wrapper(model, lambda x: (x + x.flip(3)) / 2),

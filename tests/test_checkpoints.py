@@ -4,6 +4,7 @@ import argparse
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 import swinfast
-from swinfast.checkpoints import load_state
+from swinfast.checkpoints import load_state, read_checkpoint
 
 ARGS = small_model_args(img_size=16)
 NAME = "swinv2_cr_tiny_224"
@@ -186,6 +187,19 @@ def test_weights_of_another_kind(tmp_path, trained, change, said):
     with pytest.raises(swinfast.CheckpointError, match=rf"\n  no plain numbers \(1\): head.fc.weight is {said}$"):
         swinfast.load_checkpoint(model, tmp_path / "weights.pth")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_what_a_program_lets_in_stays_so(tmp_path, trained):
+    """Pickled classes are let in for the whole process: for a moment, one thread at a time."""
+    file = tmp_path / "last.pth.tar"
+    torch.save({"state_dict": trained.state_dict(), "args": argparse.Namespace(lr=1)}, file)
+    with ThreadPoolExecutor(4) as pool:
+        for state in pool.map(read_checkpoint, [file] * 40):
+            assert state.keys() == trained.state_dict().keys()
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        read_checkpoint(file)
+        assert argparse.Namespace in torch.serialization.get_safe_globals()
 
 
 def test_whole_numbers_where_the_model_has_them(tmp_path):

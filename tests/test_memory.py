@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import small_model_args
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -97,3 +98,14 @@ def test_at_most_the_plain_models_on_a_cpu(timm, options, dtype):
         with torch.no_grad():
             fast(images[:1])  # tables are made once
         assert 0 < peak(fast, images) <= peak(model, images)
+
+
+def test_backward_passes_in_an_autocast_region_keep_nothing(timm):
+    """What autocast casts of leaves it keeps until its region ends."""
+    fast = swinfast.optimize(timm.create_model("swinv2_cr_tiny_224", **small_model_args()).eval())
+    images, kept = torch.ones(2, 3, 64, 64), []
+    with torch.autocast("cpu", torch.bfloat16), LiveBytes() as counted:
+        for _ in range(4):
+            fast(images).float().sum().backward()
+            kept.append(sum(map(size_now, counted.alive.values())))
+    assert kept[3] == kept[1] > 0

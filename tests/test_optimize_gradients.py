@@ -8,9 +8,7 @@ from helpers import random_images, randomise, small_model_args
 from torch import nn
 
 import swinfast
-from swinfast import torch_backend
-from swinfast.fused import FusedComputation
-from swinfast.sequence import FusedStages
+from swinfast import recompute, torch_backend
 
 IMAGES = random_images(2, 3, 64, 64, dtype=torch.float64)
 
@@ -36,19 +34,19 @@ def assert_close(got, expected, tolerance=1e-9):
 
 def test_in_eval_mode_the_forward_is_fused(model, monkeypatch):
     fast = swinfast.optimize(model)
-    originals = []
-    for cls in (FusedComputation, FusedStages):
-        recomputed = cls.recomputed
-        monkeypatch.setattr(
-            cls,
-            "recomputed",
-            lambda module, *args, recomputed=recomputed: originals.append(module) or recomputed(module, *args),
-        )
+    originals, original_of = [], recompute.original_of
+
+    def spy(module, tensors, prefix=""):
+        if not prefix:
+            originals.append(module)
+        return original_of(module, tensors, prefix)
+
+    monkeypatch.setattr(recompute, "original_of", spy)
     output = fast(IMAGES)
     assert output.requires_grad
     assert not originals
     output.sum().backward()
-    assert originals == [fast.stages, *reversed(fast.stages), fast.patch_embed]  # in the backward pass, each once
+    assert originals == [fast.stages, fast.patch_embed]  # in the backward pass, each once
 
 
 def test_in_eval_mode(model):
@@ -122,17 +120,71 @@ def test_hooks_on_tensors_fire_once(model, create_graph):
     assert fired[1] == fired[0] == [1] * len(fired[0])
 
 
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("frozen", ["model", "images"])
-def test_frozen_between_forward_and_backward(model, frozen):
+def test_frozen_between_forward_and_backward(model, frozen, create_graph):
     """What needed gradients in the forward pass still gets them."""
     results = []
     for either in (model, swinfast.optimize(model)):
         images = IMAGES.clone().requires_grad_()
         loss = either(images + 0).square().sum()
         (either if frozen == "model" else images).requires_grad_(False)
-        loss.backward()
+        loss.backward(create_graph=create_graph)
         results.append([x.grad for x in (images, *either.parameters()) if x.grad is not None])
         assert results[-1]
+    assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_compiled_submodules(model, when):
+    """Module.compile binds what it compiles to a module: it is not for what the backward pass computes again."""
+    fast = swinfast.optimize(model)
+    parts = fast.stages[0], fast.stages[1].blocks[0], fast.stages[1].blocks[1].attn
+
+    def compile_parts():
+        for part in parts:
+            part.compile(backend="eager")
+
+    if when == "before":
+        compile_parts()
+    images = IMAGES.clone().requires_grad_()
+    output = fast(images)
+    if when == "between":
+        compile_parts()
+    weights = random_images(*output.shape, seed=1).to(output)
+    got = torch.autograd.grad((output * weights).sum(), [images, *fast.parameters()])
+    assert_close(got, gradients(model))
+
+
+def test_what_was_saved_is_differentiated(model):
+    """Whatever became of the weights since, where that is allowed."""
+    results = []
+    for either in (model, swinfast.optimize(model)):
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            loss = either(IMAGES).square().sum()
+            with torch.no_grad():
+                for parameter in either.parameters():
+                    parameter.mul_(1.1)
+            results.append(torch.autograd.grad(loss, list(either.parameters())))
+        with torch.no_grad():
+            for parameter in either.parameters():
+                parameter.div_(1.1)
+    assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("lent_as", ["one", "two"])
+def test_lent_weights_that_are_tied(model, lent_as):
+    """By names of their own they may be lent apart, and get gradients of their own."""
+    tie_weights(model)
+    names = [f"stages.{stage}.blocks.0.attn.meta_mlp.fc1.weight" for stage in (0, 1)]
+    results = []
+    for either in (model, swinfast.optimize(model)):
+        first = either.get_parameter(names[0]).detach().clone().requires_grad_()
+        second = first if lent_as == "one" else (1.1 * first).detach().requires_grad_()
+        lent = dict(zip(names, (first, second), strict=True))
+        output = torch.func.functional_call(either, lent, (IMAGES,), tie_weights=False)
+        results.append(torch.autograd.grad(output.square().sum(), list(dict.fromkeys((first, second)))))
     assert_close(results[1], results[0])
 
 

@@ -278,6 +278,21 @@ def test_surgery_on_a_shallow_copy(timm):
         assert relative_rms(stages[1](x), stages[0](x)) <= 1e-9
 
 
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle], ids=lambda f: f.__name__)
+def test_copies_of_a_compiled_submodule(timm, copy_of):
+    """Module.compile binds what it compiles to the module: a copy computes with its own weights."""
+    fast = swinfast.optimize(make(timm))
+    fast.stages[0].compile(backend="eager")
+    fast.patch_embed.compile(backend="eager")
+    other = copy_of(fast)
+    edit_in_place(other)
+    with torch.no_grad():
+        expected = swinfast.optimize(make(timm))
+        edit_in_place(expected)
+        assert relative_rms(other(IMAGES), expected(IMAGES)) <= 1e-9
+        assert relative_rms(fast(IMAGES), expected(IMAGES)) > 1e-3
+
+
 def test_new_modules_of_replaced_classes(timm):
     """As type(part)(...) makes them."""
     model = make(timm)

@@ -55,14 +55,24 @@ def test_export_for_images_of_any_size(timm):
         assert relative_rms(exported.module()(images), model(images)) <= 1e-9
 
 
+@pytest.mark.parametrize("pre_dispatch", [False, True])
 @pytest.mark.parametrize("warm", [False, True])
-def test_make_fx(timm, warm):
+def test_make_fx(timm, warm, pre_dispatch):
     model, fast = make(timm)
     with torch.no_grad():
         if warm:
             fast(IMAGES)
-        graph = make_fx(fast, tracing_mode="real")(IMAGES)
+        graph = make_fx(fast, tracing_mode="real", pre_dispatch=pre_dispatch)(IMAGES)
         assert relative_rms(graph(2 * IMAGES), model(2 * IMAGES)) <= 1e-9
+
+
+def test_a_call_with_fake_tensors_leaves_nothing(timm):
+    """Whatever is computed under the mode is fake, real images too."""
+    model, fast = make(timm)
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert fast(IMAGES).shape == (3, 10)
+        assert relative_rms(fast(IMAGES), model(IMAGES)) <= 1e-9
 
 
 def test_compile_with_a_dropout_switched_on_alone(timm):

@@ -200,6 +200,15 @@ def test_no_images():
     assert not outcome.passed and outcome.reason == "nothing finite to compare"
 
 
+def test_an_output_without_numbers():
+    """The others are compared."""
+    model, wrong = (Answers(lambda x, factor=factor: [factor * x, x[:, :0]]).eval() for factor in (1.0, 1.01))
+    assert swinfast.verify(model, model, IMAGES).passed
+    assert not swinfast.verify(model, wrong, IMAGES).passed
+    nothing = Answers(lambda x: [x[:, :0], x[:0]]).eval()
+    assert not swinfast.verify(nothing, nothing, IMAGES).passed
+
+
 def test_a_mapping():
     """Its values are compared in the order of its keys, whatever their own order is."""
     model, same, wrong = (
