@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import write_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -256,3 +257,10 @@ def test_strips_are_resized_in_part(size, transform, part, monkeypatch):
     assert difference.mean() < 0.25
     if size != (500, 375):
         assert resized == [part]
+
+
+def test_a_file_that_is_open(tmp_path):
+    path = write_image(tmp_path / "image.png")
+    transform = Transform((16, 16))
+    with path.open("rb") as file:
+        assert torch.equal(transform.load(file), transform.load(path))
