@@ -1,9 +1,8 @@
 """Every operation by pytest-benchmark, once its answer was found right: `pytest bench/ --benchmark-only`.
 
 The largest call of each operation in a forward of swinv2_cr_tiny_ns_224 at batch 256, or at 4 for those that are for
-few images. A time ends with a
-synchronisation, so at small sizes it is the host's. Without a GPU it is a small model in Triton's interpreter, one call
-each: no measurement.
+few images. A time ends with a synchronisation, so at small sizes it is the host's. Without a GPU it is a small model in
+Triton's interpreter, one call each: no measurement.
 """
 
 import pytest

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..autocast import autocast_dtype
+from ..autocast import autocast_dtype, within_autocast
 
 Arrays = dict[str, np.ndarray]  # by name, a row for each image
 Function = Callable[[Tensor], dict[str, Tensor]]  # uint8 [B, H, W, C] on the device to outputs
@@ -98,7 +98,7 @@ class Compute:
 
     def _on_cpu_within(self, region: torch.dtype | None, pixels: Tensor) -> Arrays:
         """In the autocast region that the batch was started in, which belongs to that thread alone."""
-        with torch.autocast(self._device.type, region, enabled=region is not None):
+        with within_autocast(self._device, region):
             return self._on_cpu(pixels)
 
     def _on_cpu(self, pixels: Tensor) -> Arrays:

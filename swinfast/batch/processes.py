@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..autocast import autocast_dtype
+from ..autocast import autocast_dtype, within_autocast
 from ..pixels import pillow_settings, set_pillow
 from .compute import Waits
 from .decode import usable_cores
@@ -109,10 +109,9 @@ def main() -> None:
         set_pillow(message["pillow"])
         job.pipeline.say = lambda text: tell(say=text)
         job.pipeline.move(message["device"])
-        place, region = torch.device(message["device"]).type, message["autocast"]
-        with torch.autocast(place, region, enabled=region is not None):
-            watch = lambda names, reasons: tell(names=names, reasons=reasons)  # noqa: E731
-            share = work(job, watch, message["rank"], message["world"])
+        rank, world = message["rank"], message["world"]
+        with within_autocast(torch.device(message["device"]), message["autocast"]):
+            share = work(job, lambda names, reasons: tell(names=names, reasons=reasons), rank, world)
         tell(parts=share.parts, waits=asdict(share.waits))
     except KeyboardInterrupt:
         sys.exit(130)
