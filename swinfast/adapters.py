@@ -1,8 +1,9 @@
 """Which modules can be replaced: the table of model families, and how each is read into a spec.
 
-A family is matched by structure and by the names of its types, so that the library it comes from need not be
-installed. An adapter answers two questions of a module: what does a backend need to know of it (a spec), and why must
-it stay as it is (a reason, or None). Anything inside a module that swinfast does not know is such a reason.
+A family is matched by structure and by the names of its types and of their file, so that the library it comes from
+need not be installed. An adapter answers two questions of a module: what does a backend need to know of it (a spec),
+and why must it stay as it is (a reason, or None). Anything inside a module that swinfast does not know is such a
+reason.
 """
 
 import sys
@@ -26,8 +27,8 @@ HOOKS = (
 )
 WEIGHTED = (nn.Conv2d, nn.LayerNorm, nn.Linear)
 
-STAGE = "SwinTransformerV2CrStage"
-CLASSIFIERS = ("timm.models.swin_transformer_v2_cr.SwinTransformerV2Cr", "swinfast.reference.model.SwinTransformerV2Cr")
+CLASSIFIER = "SwinTransformerV2Cr"
+HOMES = ("timm.models.swin_transformer_v2_cr", "swinfast.reference.model")  # the files whose computations are known
 MODULE = frozenset(dir(nn.Module))
 
 
@@ -53,17 +54,14 @@ class Adapter(NamedTuple):
 def adapter_of(cls: type) -> Adapter | None:
     """The adapter for a class of modules by its name, None for one that swinfast does not know.
 
-    Many libraries have a PatchEmbed: it is ours only where its own file defines our kind of stage too.
+    A copy of a known file may compute anything, and what it computes can't be seen: it is not known.
     """
-    adapter = ADAPTERS.get(cls.__name__)
-    if adapter is None or not hasattr(sys.modules.get(cls.__module__), STAGE):
-        return None
-    return adapter
+    return ADAPTERS.get(cls.__qualname__) if cls.__module__ in HOMES else None
 
 
 def is_classifier(cls: type) -> bool:
     """Whether a class of modules is a classifier whose forward swinfast knows: timm's or our own, and no copy of it."""
-    return f"{cls.__module__}.{cls.__qualname__}" in CLASSIFIERS
+    return cls.__module__ in HOMES and cls.__qualname__ == CLASSIFIER
 
 
 def why_not(adapter: Adapter, module: nn.Module) -> str | None:
@@ -286,7 +284,9 @@ ADAPTERS = {
     adapter.type_name: adapter
     for adapter in (
         Adapter("patch embedding", "PatchEmbed", _read_patch_embed, _check_patch_embed),
-        Adapter("stage", STAGE, _read_stage, _check_stage),
+        Adapter("stage", "SwinTransformerV2CrStage", _read_stage, _check_stage),
     )
 }
-SUPPORTED = "Swin Transformer V2 CR models: timm's swinv2_cr_* family and swinfast.create_model's"
+SUPPORTED = (
+    "Swin Transformer V2 CR models: timm's swinv2_cr_* family and swinfast.create_model's, but no copies of their code"
+)

@@ -1,6 +1,8 @@
 """What can't be replaced faithfully stays as it is and says so; wrong arguments get an error that says what to do."""
 
 import importlib
+import inspect
+import re
 import sys
 from types import ModuleType
 
@@ -219,6 +221,21 @@ def test_a_class_that_was_put_in_place_of_another(model, home):
     setattr(home, name, type(name, (getattr(home, name),), {"__module__": __name__}))
     expected = f"blocks.0 is a {home.__name__}.{name}, expected {name}"
     assert swinfast.report(swinfast.optimize(model)).rows[1].detail == expected
+
+
+def test_a_copy_of_a_known_file_is_not_known(timm, monkeypatch):
+    """It may compute anything: here the halves of a block are added up otherwise."""
+    home = sys.modules["timm.models.swin_transformer_v2_cr"]
+    text = inspect.getsource(home)
+    edited = text.replace("x = x + self.drop_path2(", "x = 0.5 * x + self.drop_path2(")
+    assert edited != text
+    copied = ModuleType("copied")
+    copied.__package__ = home.__package__  # for its own imports
+    monkeypatch.setitem(sys.modules, "copied", copied)
+    exec(compile(re.sub(r"@register_model\n", "", edited), "copied", "exec"), copied.__dict__)
+    model = copied.SwinTransformerV2Cr(**small_model_args()).eval()
+    with pytest.raises(ValueError, match=r"nothing to optimize in SwinTransformerV2Cr; .* but no copies"):
+        swinfast.optimize(model)
 
 
 def test_a_patched_stage_is_called(model):
