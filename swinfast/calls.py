@@ -34,8 +34,8 @@ def needs_grad(x: Tensor, parameters: Iterable[Tensor]) -> bool:
 
 def is_transformed() -> bool:
     """Whether the call is under something that must see the original's own operations: hooks on every module,
-    forward-mode differentiation, or a torch.func transform."""
-    return bool(
+    forward-mode differentiation, or a torch.func transform. A compiled graph is transformed as a whole."""
+    return not torch.compiler.is_compiling() and bool(
         module_globals._has_any_global_hook()
         or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None

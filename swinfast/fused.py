@@ -18,7 +18,7 @@ from .adapters import Adapter, adapter_of, dropouts, why_not
 from .autocast import autocast_dtype
 from .backends import choose
 from .calls import is_traced, is_transformed, kind_of, needs_grad
-from .errors import in_a_line
+from .errors import in_a_line, raise_out_of_memory
 from .plan import Plan
 from .recompute import FusedForward
 from .self_check import is_asked_for, self_check
@@ -66,8 +66,15 @@ class Fused:
         self._swinfast = Settings("auto")
 
     def _apply(self, fn, recurse=True):
-        self._swinfast.plan = None
-        return super()._apply(fn, recurse)
+        """As nn.Module's; the plan ends with the first weight that is moved or cast, which it keeps in memory."""
+
+        def apply(tensor):
+            result = fn(tensor)
+            if result is not tensor:  # to() gives back what is already as it should be
+                self._swinfast.plan = None
+            return result
+
+        return super()._apply(apply, recurse)
 
     def __reduce_ex__(self, protocol):
         """Rebuild from the two parents: the class itself is made at run time and can't be imported."""
@@ -104,10 +111,10 @@ class FusedComputation(Fused):
     def forward(self, x: Tensor) -> Tensor:
         if self.training or isinstance(x, torch.fx.Proxy):
             return super().forward(x)
-        if is_traced(x):
-            return self._traced_forward(x)
         if is_transformed():
             return super().forward(x)
+        if is_traced(x):
+            return self._traced_forward(x)
         plan = self.plan()
         if plan.reason is not None or plan.is_random():
             return super().forward(x)
@@ -124,9 +131,8 @@ class FusedComputation(Fused):
             out = self.compute(plan, x)
             due = self._swinfast.unchecked and not graphs.is_capturing(x.device)  # where nothing is computed now
             problem = self_check(self, self._prepare(plan.spec, x)) if due else None
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            raise_out_of_memory(error)
             problem = in_a_line(error)
         return out if problem is None else self._fall_back(problem, x)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import graphs
 from .adapters import HOOKS
 from .calls import is_traced, is_transformed, kind_of, needs_grad
-from .errors import in_a_line
+from .errors import in_a_line, raise_out_of_memory
 from .fused import Fused, FusedComputation, FusedStage, Settings
 from .plan import Plan, SequencePlan
 from .recompute import FusedForward
@@ -129,9 +129,8 @@ class FusedStages(FusedWhole):
             kind = kind_of(x)
             try:
                 return self.compute(plan, self.tables(plan, kind), x)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
+                raise_out_of_memory(error)
                 out = self._one_by_one(plan, x)
                 if not any(stage._swinfast.failure for stage in self):
                     problem = in_a_line(error)

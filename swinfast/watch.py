@@ -33,6 +33,7 @@ class Watch:
         """placed: Tensors whose place in memory counts."""
         self.modules = list(modules)
         self._placed, self._places = placed, list(map(Tensor.data_ptr, placed))
+        self._memory = list(map(Tensor.untyped_storage, placed))  # kept, so that no other weight can get its place
         self._types = list(map(type, self.modules))
         tables = [table for m in self.modules for table in (m._modules, m._parameters) if table]
         self._tables = [table.values() for table in tables]

@@ -1,6 +1,7 @@
 """Where Triton fails, at compiling or at its own self-check, another backend answers, and the report says so."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -94,10 +95,18 @@ def test_in_grad_mode(model, auto, monkeypatch):
     assert relative_rms(results[1], results[0]) <= 1e-4
 
 
-def test_out_of_memory_is_the_callers(model, auto, monkeypatch):
-    failing(monkeypatch, torch.OutOfMemoryError("no room"))
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("no room"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),  # while a kernel is loaded
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
+def test_out_of_memory_is_the_callers(model, auto, monkeypatch, error):
+    failing(monkeypatch, error)
     fast = swinfast.optimize(model)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match=re.escape(str(error))):
         fast(IMAGES.to(DEVICE))
     assert all(detail.startswith("Triton, ") for detail in details(fast))
 
@@ -120,8 +129,9 @@ def test_stages_at_once(model, auto, monkeypatch):
     assert len(calls) == 2  # never again
 
 
-def test_out_of_memory_at_once_is_the_callers(model, auto, monkeypatch):
-    calls = failing(monkeypatch, torch.OutOfMemoryError("no room"))
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
+def test_out_of_memory_at_once_is_the_callers(model, auto, monkeypatch, error):
+    calls = failing(monkeypatch, error)
     stages = swinfast.optimize(model).stages
     with pytest.raises(torch.OutOfMemoryError):
         stages._at_once(stages.plan(), model.patch_embed(IMAGES.to(DEVICE)))

@@ -370,6 +370,16 @@ def test_torch_func_transforms(model):
     assert torch.allclose(torch.func.vmap(lambda image: fast(image[None])[0])(IMAGES), expected)
 
 
+def test_linearize(model):
+    """It traces inside a transform; what it returns may be called again and again."""
+    fast = swinfast.optimize(model.requires_grad_(False))
+    tangent = torch.randn_like(IMAGES)
+    expected = torch.func.jvp(model, (IMAGES,), (tangent,))[1]
+    _, derivative = torch.func.linearize(fast, IMAGES)
+    for _ in range(2):
+        assert_close([derivative(tangent)], [expected])
+
+
 def test_forward_mode(model):
     fast = swinfast.optimize(model)
     tangent = random_images(2, 3, 64, 64, seed=2, dtype=torch.float64)

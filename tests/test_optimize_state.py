@@ -4,11 +4,13 @@ import copy
 import io
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
 from helpers import random_images, randomise, relative_rms, small_model_args
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import swinfast
@@ -233,6 +235,38 @@ def test_conversions(timm, dtype, warm):
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
     assert_same(fast.double(), rounded)
+
+
+def test_a_layer_that_goes_to_another_dtype_and_back(timm):
+    """Its weight comes back rounded and uncounted, and may never come back to the place that is known."""
+    model = make(timm)
+    fast = swinfast.optimize(model)
+    with torch.no_grad():
+        fast(IMAGES)
+    layer = fast.stages[1].blocks[0].mlp.fc1
+    place = StorageWeakRef(layer.weight.untyped_storage())
+    for either in (model, fast):
+        either.stages[1].blocks[0].mlp.fc1.to(torch.bfloat16).to(torch.float64)
+    assert not place.expired()
+    assert_same(fast, model)
+    assert place.expired()
+
+
+def test_going_where_it_is_already(timm):
+    """What was derived stays, and what is moved leaves nothing behind."""
+    fast = swinfast.optimize(make(timm))
+    with torch.no_grad():
+        fast(IMAGES)
+    parts = [fast.patch_embed, fast.stages, *fast.stages]
+    plans = [part._swinfast.plan for part in parts]
+    assert None not in plans
+    fast.to("cpu").to(torch.float64).double()
+    assert [part._swinfast.plan for part in parts] == plans
+    derived = weakref.ref(plans.pop())
+    del plans
+    fast.float()
+    assert [part._swinfast.plan for part in parts] == [None] * len(parts)
+    assert derived() is None
 
 
 def through_pickle(model):
