@@ -7,13 +7,21 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
 
 
 def constant(function: Callable[..., T]) -> Callable[..., T]:
     """Keep what a function of hashable arguments makes, but make it anew inside a graph, and where tensors are fake."""
-    cached = lru_cache(maxsize=256)(function)
+
+    @lru_cache(maxsize=256)
+    def cached(*args):
+        made = function(*args)
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.is_cuda:  # other streams may use it from now on
+                torch.cuda.current_stream(tensor.device).synchronize()
+        return made
 
     def call(*args):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():

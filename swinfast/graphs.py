@@ -19,10 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .errors import in_a_line
+from .errors import in_a_line, is_out_of_memory
 
 KEPT = 8  # graphs of one module; the one that was not used for the longest is dropped
 REMEMBERED = 64  # signatures seen once
+LIBRARY_SETTINGS = (  # by which cuBLAS chooses how to multiply, besides the one of TF32
+    torch._C._get_cublas_allow_fp16_accumulation,
+    torch._C._get_cublas_allow_fp16_reduced_precision_reduction,
+    torch._C._get_cublas_allow_bf16_reduced_precision_reduction,
+)
 _capturing = threading.Lock()  # one capture at a time
 # One replay at a time on a stream, since all its graphs share their memory: by device and stream.
 _turns: dict[tuple[torch.device, int], threading.Lock] = {}
@@ -152,7 +157,7 @@ class Graphs:
                 replay, output = capture(lambda: compute(reads, static), x.device)
         except Exception as error:
             self.failure = in_a_line(error)
-            no_memory = isinstance(error, torch.OutOfMemoryError)
+            no_memory = is_out_of_memory(error)
             self._too_large = x.numel() if no_memory else 0
             which = "for as large an input" if no_memory else "from now on"
             warnings.warn(f"no CUDA graph {which}, since capturing one failed: {self.failure}", stacklevel=2)
@@ -165,7 +170,7 @@ class Graphs:
 def _signature(x: Tensor, kind: Hashable) -> tuple[tuple[torch.device, int], Hashable]:
     """(device and stream that a graph replays on, what there is one graph for)."""
     stream = x.device, stream_of(x.device)
-    return stream, (x.shape, x.dtype, stream, kind)
+    return stream, (x.shape, x.dtype, stream, kind, *(setting() for setting in LIBRARY_SETTINGS))
 
 
 def capture(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
@@ -247,7 +252,7 @@ _pools: WeakValueDictionary[tuple[torch.device, int], Pool] = WeakValueDictionar
 
 @cache
 def _side_stream(device: torch.device, stream: int) -> torch.cuda.Stream:
-    """To capture on: a stream of its own, where nobody else's work is captured along.
+    """To capture on: where nobody else's work is captured along, unless somebody has more than PyTorch's 32 streams.
 
     Another for each stream that replays, since what the library works in belongs to the stream that captures.
     """

@@ -85,8 +85,8 @@ def optimize(
 def refresh(model: nn.Module) -> None:
     """Forget everything derived from the weights of an optimised model, its CUDA graphs, and that Triton failed at one.
 
-    Needed only after edits that PyTorch does not count: through ``parameter.data`` or raw memory, or by a collective of
-    torch.distributed, such as a broadcast of weights.
+    Needed only after edits that PyTorch does not count: through ``parameter.data`` or raw memory, by a collective of
+    torch.distributed, such as a broadcast of weights, or by another process in shared memory.
     """
     for module in model.modules():
         if isinstance(module, Fused):

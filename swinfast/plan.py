@@ -105,8 +105,7 @@ class Plan:
         a CUDA graph: its replays must derive again, since nothing is computed now.
         """
         if not self._counts_edits or is_capturing(self.parameters[0].device):
-            kept = self._derived.get(kind) if self._counts_edits else None
-            return kept[1] if kept is not None and kept[0] == self._versions_now() else self._derive(derive)
+            return self._derive(derive)
         kept = self._derived.get(kind)
         if kept is not None and kept[0] == self._versions_now():
             return kept[1]

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 LARGEST_CHANNELS = 4096
+LARGEST_PATCH_EMBED = 1024  # channels, all of which a program holds
 OLDEST_CAPABILITY = (8, 0)
 capturable = True
 may_fail = True  # where a compiler is missing, or it refuses a kernel
@@ -69,7 +70,7 @@ def why_not(spec: PatchEmbedSpec | StageSpec, dtype: torch.dtype) -> str | None:
         return f"no Triton kernels for {str(dtype).removeprefix('torch.')}"
     if isinstance(spec, PatchEmbedSpec):
         channels = spec.proj.out_channels
-        return None if channels <= LARGEST_CHANNELS else f"no Triton kernels for {channels} channels"
+        return None if channels <= LARGEST_PATCH_EMBED else f"no Triton kernel for patches of {channels} channels"
     if spec.merge is not None and spec.merge.reduction.bias is not None:
         return "no Triton kernel for a patch merging with a bias"
     for block in spec.blocks:

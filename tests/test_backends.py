@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 from helpers import OPTIONS, THREE, make, random_images
+from torch import nn
 
 import swinfast
 from swinfast import backends, torch_backend, triton_backend
+from swinfast.specs import PatchEmbedSpec
 
 
 @pytest.fixture
@@ -70,6 +72,14 @@ def test_what_kernels_do_not_cover(timm, gpu):
     ):
         assert choose(model, dtype=dtype) == (torch_backend, None, f"not Triton: {expected}")
         assert choose(model, "triton", dtype=dtype) == (None, expected, None)
+
+
+@pytest.mark.parametrize(("channels", "covered"), [(1024, True), (1056, False)])
+def test_wide_patch_embeddings(channels, covered):
+    """Kernels that hold all channels of a token spill, and take a minute to compile, long before PyTorch has trouble."""
+    spec = PatchEmbedSpec(nn.Conv2d(3, channels, 4, 4), nn.LayerNorm(channels), None)
+    expected = None if covered else "no Triton kernel for patches of 1056 channels"
+    assert triton_backend.why_not(spec, torch.float16) == expected
 
 
 def test_a_stage_that_kernels_do_not_cover_stays_original(timm):

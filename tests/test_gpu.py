@@ -137,6 +137,8 @@ def test_captured_by_the_caller(timm):
         assert relative_rms(out, model(images * 0.5)) <= 1e-4
         for either in (model, fast):
             either.stages[1].blocks[1].mlp.fc1.weight.mul_(1.5)
+            either.stages[0].blocks[1].attn.meta_mlp.fc2.bias.mul_(2)  # which a table was made of before
+        fast.to("cuda")  # where it is
         graph.replay()
         assert relative_rms(out, model(images * 0.5)) <= 1e-4
 

@@ -4,13 +4,13 @@ import gc
 
 import pytest
 import torch
-from graph_captures import DEVICE, assert_right, edit, images, optimised, tiny
+from graph_captures import DEVICE, Tape, assert_right, edit, images, optimised, tiny
 from helpers import relative_rms
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import swinfast
-from swinfast import plan
+from swinfast import graphs, plan
 
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
@@ -45,6 +45,28 @@ def test_tables_in_another_place_capture_anew(model, captures, monkeypatch):
         assert captures.captured == count
         for either in (model, fast):
             edit(either)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="test_gpu has the real thing")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_captured_by_the_caller(model, captures, monkeypatch, autocast):
+    """A replay of somebody else's graph sees edits of all weights, also those that tables were made of before."""
+    fast = optimised(model)
+    static = images()
+    precision = torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast, cache_enabled=False)
+    with torch.no_grad(), precision:
+        fast(static)
+        with monkeypatch.context() as patch, Tape() as tape:
+            for module in (graphs, plan):
+                patch.setattr(module, "is_capturing", lambda device: True)
+            patch.setattr(graphs, "on_gpu", lambda x: False)
+            out = fast(static)
+        for either in (model, fast):
+            either.load_state_dict({key: value * 1.3 for key, value in either.state_dict().items()})
+        swinfast.refresh(fast)  # the graph needs nothing of what a plan keeps
+        tape.play()
+        expected = swinfast.optimize(model, backend="torch")(static)
+        assert relative_rms(out, expected) <= (1e-2 if autocast else 1e-6)
 
 
 def test_the_gpu_works_while_the_host_looks_through_the_model(model, captures, monkeypatch):

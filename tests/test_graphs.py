@@ -82,6 +82,25 @@ def test_signatures_seen_once_are_forgotten(model, captures, monkeypatch):
     assert captures.captured == 1
 
 
+@pytest.mark.parametrize(
+    "name", ["fp16_accumulation", "fp16_reduced_precision_reduction", "bf16_reduced_precision_reduction"]
+)
+def test_settings_of_the_library_have_their_own(model, captures, name):
+    """A graph has frozen by which of them cuBLAS multiplies."""
+    fast, setting = optimised(model), f"allow_{name}"
+    for _ in range(2):
+        fast(images())
+    before = getattr(torch.backends.cuda.matmul, setting)
+    try:
+        setattr(torch.backends.cuda.matmul, setting, not before)
+        replayed = captures.replayed
+        for _ in range(2):
+            assert_right(fast, model, images())
+        assert (captures.captured, captures.replayed) == (2, replayed + 1)
+    finally:
+        setattr(torch.backends.cuda.matmul, setting, before)
+
+
 def test_a_plan_that_cannot_hold_is_not_tried_again(model, captures):
     fast = optimised(model)
     for _ in range(3):
@@ -235,10 +254,13 @@ def test_out_of_memory_in_a_capture(model, captures):
     assert captures.captured == 1
 
 
-def test_smaller_inputs_are_captured_after_one_was_too_large(model, captures):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room"), RuntimeError("CUDA error: out of memory")], ids=repr
+)
+def test_smaller_inputs_are_captured_after_one_was_too_large(model, captures, error):
     fast = optimised(model)
     fast(images(4))
-    captures.error = torch.OutOfMemoryError("no room for a graph")
+    captures.error = error
     with pytest.warns(UserWarning, match="no CUDA graph for as large an input"):
         assert_right(fast, model, images(4))
     captures.error = None
