@@ -50,9 +50,6 @@ class Settings:
     def __reduce__(self):
         return Settings, (self.backend, self.cuda_graphs, self.image_scale)
 
-    def __deepcopy__(self, memo):
-        return Settings(self.backend, self.cuda_graphs, self.image_scale)
-
 
 class Fused:
     """What all replaced modules share; their other parent is the class they had."""
