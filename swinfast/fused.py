@@ -89,10 +89,6 @@ class Fused:
 class FusedComputation(Fused):
     """A module whose forward a backend computes."""
 
-    def set_input_size(self, *args, **kwargs):
-        self._swinfast.plan = None
-        return super().set_input_size(*args, **kwargs)
-
     @property
     def adapter(self) -> Adapter:
         return adapter_of(self.original)
