@@ -18,7 +18,7 @@ from .arguments import whole_number
 from .batch import engine
 from .batch.compute import Arrays, Compute, find_batch_size
 from .batch.decode import usable_cores
-from .batch.engine import Division, Done, WantAll
+from .batch.engine import Division, Done
 from .batch.formats import Layout
 from .batch.run import Summary, write
 from .batch.share import Watch
@@ -211,7 +211,7 @@ class Pipeline:
     def _run(self, files: Images | str | Path | Iterable[str | Path]) -> Iterator[Done]:
         """Results batch by batch, in order."""
         items = files if isinstance(files, Images) else _items(files)
-        steps = Division(sys.maxsize, self.batch_size).divide(items, WantAll())
+        steps = Division(sys.maxsize, self.batch_size).divide(items, wanted={0})  # one part has them all
         done = engine.run(steps, self.crop, self.compute(), self.workers)
         try:
             yield from (step for step in done if isinstance(step, Done))

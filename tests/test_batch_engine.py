@@ -17,7 +17,7 @@ from torch import nn
 
 import swinfast
 from swinfast.batch.compute import Compute, Waits, find_batch_size
-from swinfast.batch.engine import Division, PartEnd, WantAll
+from swinfast.batch.engine import Division, PartEnd
 from swinfast.batch.run import Summary
 from swinfast.batch.share import Job, StrictError, work
 from swinfast.batch.sources import Item
@@ -203,7 +203,7 @@ def test_division(part_size, batch_size, count):
     """Batches do not cross the ends of parts, and parts that are not wanted have the same digests."""
     items = [Item(str(number), str(number)) for number in range(count)]
     division = Division(part_size, batch_size)
-    steps = list(division.divide(items, WantAll()))
+    steps = list(division.divide(items, wanted=range(count + 1)))
     batches = [step for step in steps if not isinstance(step, PartEnd)]
     assert [item for batch in batches for item in batch.items] == items
     assert all(len(batch.items) <= batch_size for batch in batches)

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -61,7 +61,7 @@ class Division:
     part_size: int
     batch_size: int
 
-    def divide(self, items: Iterable[Item], wanted: "set[int] | WantAll") -> Iterator[Batch | PartEnd]:
+    def divide(self, items: Iterable[Item], wanted: Container[int]) -> Iterator[Batch | PartEnd]:
         """The batches of the wanted parts, and the end of every part."""
         items = iter(items)
         for part in itertools.count():
@@ -80,13 +80,6 @@ class Division:
                 yield PartEnd(part, count, digest.hexdigest())
             if count < self.part_size:
                 return
-
-
-class WantAll:
-    """A set of every part."""
-
-    def __contains__(self, part: int) -> bool:
-        return True
 
 
 class _Decoding(NamedTuple):
