@@ -82,6 +82,11 @@ def _original(cls: type[nn.Module]) -> type[nn.Module]:
     return getattr(cls, "original", cls)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own, which must see its calls."""
+    return any(getattr(module, hooks) for hooks in HOOKS)
+
+
 def dropouts(module: nn.Module) -> list[nn.Module]:
     """What makes a module's answers random where it is in training mode, though the module may not be."""
     return [m for m in module.modules() if is_dropout(type(m))]
@@ -229,7 +234,7 @@ def _check_insides(module: nn.Module) -> Iterator[str]:
     for name, child in module.named_modules():
         if not name:
             continue
-        if any(getattr(child, hooks, None) for hooks in HOOKS):
+        if is_hooked(child):
             yield f"{name} has hooks"
         for weight in ("weight", "bias") if isinstance(child, WEIGHTED) else ():
             # in this order: that an attribute is missing is a slow guard, by way of Module.__getattr__

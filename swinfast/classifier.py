@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import graphs
-from .adapters import HOOKS, WEIGHTED, class_of, dropouts, foreign_methods, is_a, methods, patches
+from .adapters import WEIGHTED, class_of, dropouts, foreign_methods, is_a, is_hooked, methods, patches
 from .autocast import autocast_dtype
 from .calls import is_traced, is_transformed, kind_of, needs_grad
 from .fused import FusedPatchEmbed
@@ -90,7 +90,7 @@ def _is_known_in_head(module: nn.Module) -> bool:
         name = type(child).__name__
         if type(child) not in LAYERS and not (name in POOLS and is_a(name, type(child), type(module))):
             return False
-    if any(getattr(module, hooks) for hooks in HOOKS):
+    if is_hooked(module):
         return False
     if isinstance(module, WEIGHTED) and not {"weight", "bias"} <= module._parameters.keys():
         return False
@@ -124,9 +124,7 @@ class FusedClassifier(FusedWhole):
         if any(method in self.__dict__ for method in CALLED) or any(d.training for d in dropouts(self.head)):
             return None
         for part, mixin in ((patch_embed, FusedPatchEmbed), (stages, FusedStages)):
-            if type(part).forward is not mixin.forward or "forward" in part.__dict__:
-                return None
-            if any(getattr(part, hooks) for hooks in HOOKS):
+            if type(part).forward is not mixin.forward or "forward" in part.__dict__ or is_hooked(part):
                 return None
         plans = patch_embed.plan(), stages.plan()
         graphless = any(part._swinfast.cuda_graphs is False for part in (patch_embed, stages))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapters import DTYPES, HOOKS, class_of, foreign_methods, is_classifier, methods
+from .adapters import DTYPES, HOOKS, class_of, foreign_methods, is_classifier, is_hooked, methods
 from .arguments import whole_number
 from .batch import engine
 from .batch.compute import Arrays, Compute, find_batch_size
@@ -198,8 +198,7 @@ class Pipeline:
             return False
         patched = foreign_methods(cls) or any(name in model.__dict__ for name in methods(cls))
         patched = patched or "forward" in embed.__dict__
-        hooked = any(getattr(module, hooks) for module in (model, embed) for hooks in HOOKS)
-        return not (patched or hooked or is_transformed())
+        return not (patched or is_hooked(model) or is_hooked(embed) or is_transformed())
 
     def _probe(self) -> None:
         """Compute one black image."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import graphs
-from .adapters import HOOKS
+from .adapters import is_hooked
 from .calls import is_traced, is_transformed, kind_of, needs_grad
 from .errors import in_a_line, raise_out_of_memory
 from .fused import Fused, FusedComputation, FusedStage, Settings
@@ -72,9 +72,7 @@ class FusedStages(FusedWhole):
     def _plans(self) -> list[Plan] | None:
         plans = []
         for stage in self:
-            if not isinstance(stage, FusedStage) or stage.training or "forward" in stage.__dict__:
-                return None
-            if any(getattr(stage, hooks) for hooks in HOOKS):
+            if not isinstance(stage, FusedStage) or stage.training or "forward" in stage.__dict__ or is_hooked(stage):
                 return None
             plan = stage.plan()
             if plan.reason is not None or plan.is_random():
