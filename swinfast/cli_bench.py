@@ -20,7 +20,7 @@ from .exit_codes import INTERRUPTED, OK, SOME_FAILED
 from .files import check_writable
 from .info import info
 from .measurements import COLUMNS, DTYPES, append, check_header, rows_of
-from .models import CONFIG_FILE, create_model
+from .models import create_model, is_folder
 from .optimize import optimize
 from .predict import find_images, resolve_device
 from .preprocess import Transform, transform_of
@@ -193,7 +193,7 @@ def _load(transform: Transform, file: str) -> Tensor:
 
 def _model(options: argparse.Namespace, device: torch.device) -> nn.Module:
     model = create_model(options.model, checkpoint_path=options.checkpoint).eval()
-    if not options.checkpoint and not (Path(options.model) / CONFIG_FILE).is_file():
+    if not options.checkpoint and not is_folder(options.model):
         print("random weights: every part shows in the answers, which mean nothing", file=sys.stderr)
         randomise(model)
     return model.to(device)

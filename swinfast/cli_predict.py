@@ -24,7 +24,7 @@ from .exit_codes import INTERRUPTED, OK, SOME_FAILED
 from .files import check_writable
 from .labels import LABEL_TYPES, imagenet_labels
 from .measurements import DTYPES
-from .models import CONFIG_FILE, LARGEST, create_model
+from .models import LARGEST, create_model, is_folder
 from .pipeline import Pipeline, resolve_device
 from .predict import STORED, Embedder, Failure, FeatureExtractor, Prediction, Predictor
 from .results import table
@@ -212,7 +212,7 @@ def _run_over(images: Images, options: argparse.Namespace, make: Callable[..., P
 
 def _model(options: argparse.Namespace) -> nn.Module:
     overrides = {} if options.num_classes is None else {"num_classes": options.num_classes}
-    has_weights = options.checkpoint or (Path(options.model) / CONFIG_FILE).is_file()
+    has_weights = options.checkpoint or is_folder(options.model)
     return create_model(options.model, pretrained=not has_weights, checkpoint_path=options.checkpoint, **overrides)
 
 

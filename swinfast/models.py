@@ -33,6 +33,11 @@ def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
     return sorted(name for name in names if fnmatch.fnmatch(name, filter or "*"))
 
 
+def is_folder(name: str | Path) -> bool:
+    """Whether a model's name is that of a folder that create_model makes it of, weights and all."""
+    return Path(name, CONFIG_FILE).is_file()
+
+
 def create_model(
     name: str, pretrained: bool = False, checkpoint_path: str | Path = "", **overrides: Any
 ) -> SwinTransformerV2Cr | FeatureListNet:
@@ -57,7 +62,7 @@ def create_model(
         RuntimeError: There are no published weights, or they can't be downloaded.
     """
     folder = Path(name)
-    from_folder = (folder / CONFIG_FILE).is_file()
+    from_folder = is_folder(folder)
     if from_folder:
         architecture, arguments, config = _read_folder(folder)
         pretrained, checkpoint_path = False, checkpoint_path or folder / WEIGHTS_FILE

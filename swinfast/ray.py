@@ -21,7 +21,7 @@ from .batch.formats import ESCAPE, parquet_table
 from .batch.optional import import_extra
 from .batch.sources import find_images, has_image_ending
 from .batch.worker import load
-from .models import create_model
+from .models import create_model, is_folder
 from .pipeline import Pipeline, crop_of
 from .pixels import Crop
 from .predict import Embedder as OneEmbedder
@@ -218,7 +218,7 @@ def _failures(table: "pyarrow.Table") -> "pyarrow.Table":
 def _loaded(model: Model) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
-    return create_model(model, pretrained=not Path(model, "config.json").is_file())
+    return create_model(model, pretrained=not is_folder(model))
 
 
 class _Opened:
