@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from . import plots
 from .backends import CHOICES
+from .batch.worker import reason_of
 from .benchmark import describe_device, randomise
 from .engines import Engine, WrongAnswer, compiled_engine, eager_engine, image_shape, measure, swinfast_engine
 from .exit_codes import INTERRUPTED, OK, SOME_FAILED
@@ -188,7 +189,7 @@ def _load(transform: Transform, file: str) -> Tensor:
     try:
         return transform.load(file)
     except Exception as error:  # damaged files make Pillow's decoders raise nearly any type
-        raise ValueError(f"{file} can't be read: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{file} can't be read: {reason_of(error)}") from error
 
 
 def _model(options: argparse.Namespace, device: torch.device) -> nn.Module:

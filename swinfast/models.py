@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .checkpoints import adapt_first_convolution, load_checkpoint, load_state, read_checkpoint
+from .errors import in_a_line
 from .reference import FeatureListNet, SwinTransformerV2Cr
 from .variants import VARIANTS, data_config
 
@@ -195,7 +196,6 @@ def _download(config: dict[str, Any]) -> Path:
         return Path(huggingface_hub.hf_hub_download(config["hf_hub_id"], WEIGHTS_FILE))
     except Exception as error:  # the hub's client raises its own types, those of its HTTP library, and OSError
         raise RuntimeError(
-            f"the weights of {name} can't be downloaded from the Hugging Face hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no details'}): download them where there is a network "
-            "and name the file as checkpoint_path (--checkpoint on the command line)"
+            f"the weights of {name} can't be downloaded from the Hugging Face hub ({in_a_line(error)}): download them "
+            "where there is a network and name the file as checkpoint_path (--checkpoint on the command line)"
         ) from error
