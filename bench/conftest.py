@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from swinfast.predict import resolve_device
+from swinfast.pipeline import resolve_device
 
 
 @pytest.fixture(scope="session")

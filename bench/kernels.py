@@ -55,7 +55,7 @@ from bench.roofline import bytes_of, flops_of
 from bench.tables import slug
 from swinfast.errors import in_a_line
 from swinfast.measurements import append
-from swinfast.predict import resolve_device
+from swinfast.pipeline import resolve_device
 
 RESULTS = Path(__file__).parent / "results"
 KERNELS = (

@@ -18,7 +18,7 @@ from bench.peers import ENGINES, engines_named, import_timm
 from swinfast.benchmark import describe_device, randomise
 from swinfast.engines import WrongAnswer, measure
 from swinfast.measurements import COLUMNS, DTYPES, append, check_header, commit_of_this, row_of, rows_of
-from swinfast.predict import resolve_device
+from swinfast.pipeline import resolve_device
 from swinfast.torch_linear import has_native_bfloat16
 
 __all__ = ["COLUMNS", "DTYPES", "RESULTS", "append", "commit_of_this", "main", "row_of"]

@@ -25,7 +25,7 @@ import swinfast
 from bench.cases import Case, call_arguments, cases_of, inputs_of, model_named, operation, tf32_setting
 from bench.provenance import provenance
 from swinfast.measurements import append
-from swinfast.predict import resolve_device
+from swinfast.pipeline import resolve_device
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (

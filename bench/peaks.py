@@ -15,7 +15,7 @@ from tabulate import tabulate
 from bench.cases import tf32_setting
 from bench.provenance import provenance
 from swinfast import graphs
-from swinfast.predict import resolve_device
+from swinfast.pipeline import resolve_device
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}  # of the source; as many are written
 MATRIX = {"cuda": 8192, "cpu": 256}

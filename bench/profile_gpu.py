@@ -26,7 +26,7 @@ from bench.models import RESULTS, append
 from bench.peaks import timer_of
 from bench.provenance import provenance
 from bench.tables import slug
-from swinfast.predict import resolve_device
+from swinfast.pipeline import resolve_device
 
 COLUMNS = ("model", "batch", "dtype", "overlapped", "place", "kernel", "start_us", "time_us", "gap_us")
 PROVENANCE = ("device", "torch", "triton", "driver", "commit", "date", "source")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench.cases import MODELS, call_arguments, inputs_of, operation, tf32_setting
 from bench.kernels import COMPILE_WAIT, COMPOSITIONS, KERNELS, compile_all, compilers, find_cases
-from swinfast.predict import resolve_device
+from swinfast.pipeline import resolve_device
 
 CPU = torch.device("cpu")
 

@@ -45,7 +45,7 @@ from bench.peaks import Timer, timer_of
 from bench.provenance import provenance
 from bench.tables import slug
 from bench.targets import Log, Target, find_targets
-from swinfast.predict import resolve_device
+from swinfast.pipeline import resolve_device
 
 RESULTS = Path(__file__).parent / "results"
 FINALISTS = 3  # that run against the present choice

@@ -6,8 +6,9 @@ import torch
 from tabulate import tabulate
 
 import swinfast
+from swinfast.batch.sources import find_images
 from swinfast.benchmark import compare, describe_device, randomise
-from swinfast.predict import find_images, resolve_device
+from swinfast.pipeline import resolve_device
 
 DIGITS = Path(__file__).parent / "digits"
 TIMED = "swinv2_cr_tiny_ns_224"

@@ -13,10 +13,11 @@ if not (Path(__file__).parent / "reference").exists():
 
 __version__ = "0.1.0"
 
+from .batch.sources import Images
 from .checkpoints import CheckpointError, load_checkpoint
 from .models import create_model, list_models
 from .optimize import optimize, refresh
-from .predict import Embedder, Failure, FeatureExtractor, Features, Images, Prediction, Predictor
+from .predict import Embedder, Failure, FeatureExtractor, Features, Prediction, Predictor
 from .preprocess import transform_of
 from .report import Report, report
 from .verify import Verification, verify

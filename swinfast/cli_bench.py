@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from . import plots
 from .backends import CHOICES
+from .batch.sources import find_images
 from .batch.worker import reason_of
 from .benchmark import describe_device, randomise
 from .engines import Engine, WrongAnswer, compiled_engine, eager_engine, image_shape, measure, swinfast_engine
@@ -23,7 +24,7 @@ from .info import info
 from .measurements import COLUMNS, DTYPES, append, check_header, rows_of
 from .models import create_model, is_folder
 from .optimize import optimize
-from .predict import find_images, resolve_device
+from .pipeline import resolve_device
 from .preprocess import Transform, transform_of
 from .report import report
 from .verify import verify

@@ -12,22 +12,9 @@ from torch import Tensor, nn
 from .arguments import whole_number
 from .batch.compute import Arrays
 from .batch.formats import ARRAYS, PREDICTIONS, Layout
-from .batch.sources import Images, find_images
-from .labels import imagenet_labels, labels_of
-from .pipeline import Pipeline, resolve_device
-
-__all__ = [
-    "Embedder",
-    "Failure",
-    "FeatureExtractor",
-    "Features",
-    "Images",
-    "Prediction",
-    "Predictor",
-    "find_images",
-    "imagenet_labels",
-    "resolve_device",
-]
+from .batch.sources import Images
+from .labels import labels_of
+from .pipeline import Pipeline
 
 STORED = ("float32", "float16")
 

@@ -15,7 +15,7 @@ from helpers import random_images, randomise, small_model_args
 from safetensors.torch import save_file
 
 import swinfast
-from swinfast.predict import imagenet_labels
+from swinfast.labels import imagenet_labels
 
 ARGS = small_model_args(img_size=16, num_classes=1000)
 NAME = "swinv2_cr_tiny_ns_224"

@@ -17,7 +17,7 @@ for package in (swinfast, swinfast.reference, swinfast.kernels):
     for module in pkgutil.iter_modules([package.__path__[0]], package.__name__ + "."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-from swinfast.predict import imagenet_labels
+from swinfast.labels import imagenet_labels
 assert len(imagenet_labels()) == 1000
 print(swinfast.__file__, swinfast.kernels.__file__, swinfast.reference.__file__, sep="\\n")
 """

@@ -15,7 +15,7 @@ from torch import nn
 
 import swinfast
 from swinfast.batch.share import StrictError
-from swinfast.predict import find_images
+from swinfast.batch.sources import find_images
 
 
 @pytest.fixture
