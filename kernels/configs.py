@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 FOLDER = Path(__file__).with_name("configs")
 MANY = 1 << 31  # rows
 NO_SIZES = ("maxnreg", "OVERLAPPED")  # among blocks
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 
 
 class Config(NamedTuple):

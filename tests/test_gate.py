@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from swinfast.kernels.configs import ARCHITECTURES, FOLDER, config, rows
-from swinfast.kernels.gate import Job, Measured, problems, waits_first
+from swinfast.kernels.configs import FOLDER, config, rows
+from swinfast.kernels.gate import ARCHS, Job, Measured, problems, waits_first
 
 ROOT = Path(__file__).parents[1]
 KERNELS = {
@@ -179,7 +179,7 @@ def test_subset_is_fit(gate, tmp_path):
     done = gate("-m", "swinfast.kernels", "--subset", "--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     found = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
-    for arch in ARCHITECTURES:
+    for arch in ARCHS:
         here = [row for row in found if row["arch"] == arch]
         rest = {PERSISTENT} if arch == "sm_90" else set()
         assert {row["kernel"] for row in here} == KERNELS - (IN_PARTS if arch == "gfx942" else set()) | rest
@@ -307,7 +307,7 @@ def test_help(gate):
 @pytest.mark.parametrize("table", TABLES)
 def test_every_row_can_be_reached(table):
     """No row hides behind those above it, in any of its precisions."""
-    assert table == "default" or table in ARCHITECTURES
+    assert table == "default" or table in ARCHS
     for number, row in enumerate(rows(table)):
         for precision in row["precision"]:
             assert any(_chosen(table, row, precision, shape) for shape in _shapes(row)), (number, row, precision)

@@ -69,7 +69,7 @@ def test_wheel(checkout, python, tmp_path):
     files = run(python, "-c", IMPORT_ALL, cwd=tmp_path).split()
     assert all(str(tmp_path / "env") in file for file in files)
     assert run(python.parent / "swinfast", "--version").startswith("swinfast 0.")
-    tables = "from swinfast.kernels.configs import ARCHITECTURES, rows; print(*map(len, map(rows, ARCHITECTURES)))"
+    tables = "from swinfast.kernels import configs, gate; print(*map(len, map(configs.rows, gate.ARCHS)))"
     assert all(int(count) for count in run(python, "-c", tables, cwd=tmp_path).split())
     assert run(python, "-c", IMPORT_ALL, cwd=checkout)  # Python started in the checkout
 

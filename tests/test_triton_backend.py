@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import OPTIONS, SMALL, images_for, make, random_images, randomise, relative_rms
 from swinfast.kernels import launch
-from swinfast.kernels.configs import ARCHITECTURES
+from swinfast.kernels.gate import ARCHS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,7 +83,7 @@ def test_dynamic_sizes_through_one_model(timm):
         assert_passes(model, fast, random_images(2, 3, *size))
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_launches(timm, arch):
     """At most 90 launches for the tiny model, ours and PyTorch's pool and head."""
     model = timm.create_model("swinv2_cr_tiny_ns_224").to("meta").eval()

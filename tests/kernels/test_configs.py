@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from swinfast.kernels import configs
-from swinfast.kernels.configs import ARCHITECTURES, FOLDER, Config, columns, config, override
+from swinfast.kernels.configs import FOLDER, Config, columns, config, override
+from swinfast.kernels.gate import ARCHS
 from swinfast.kernels.stages import BOTH_LAYOUTS, forms_of
 from swinfast.kernels.windows import LARGEST_TILE
 
@@ -151,7 +152,7 @@ def is_power_of_two(size: int) -> bool:
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
 def test_tables(file):
-    assert file.stem in (*ARCHITECTURES, "default")
+    assert file.stem in (*ARCHS, "default")
     for row in json.loads(file.read_text(encoding="utf-8")):
         assert row.keys() <= {"kernel", "precision", "when", "blocks", "num_warps", "num_stages", "source"}, row
         assert set(row["precision"]) <= set(PRECISIONS), row
@@ -180,7 +181,7 @@ def test_tables(file):
             assert 1 <= row["num_stages"] <= 8, row
 
 
-@pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_120"])
+@pytest.mark.parametrize("arch", [*ARCHS, "sm_120"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_shape_has_a_configuration(arch, precision):
     for kernel, names in SHAPES.items():
@@ -188,7 +189,7 @@ def test_every_shape_has_a_configuration(arch, precision):
             config(kernel, arch, precision, **dict.fromkeys(names, size))
 
 
-@pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_86"])
+@pytest.mark.parametrize("arch", [*ARCHS, "sm_86"])
 @pytest.mark.parametrize("half, parts", [("attention_half", "attention_parts"), ("mlp_half", "mlp_parts")])
 def test_parts_are_for_the_fewest_rows(arch, half, parts):
     """As rows grow there is a number from which on they are chosen no more; and only where a cache has room for any."""
