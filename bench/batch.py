@@ -27,10 +27,11 @@ import torch
 from PIL import Image
 
 import swinfast
-from bench.models import RESULTS, commit_of_this
+from bench import RESULTS
 from swinfast.batch.decode import Decoder, usable_cores
 from swinfast.batch.engine import CHUNK
 from swinfast.benchmark import describe_device
+from swinfast.measurements import commit_of_this
 
 BATCH = 32
 COLUMNS = ("what", "images_per_sec", "median", "ratio", "images", "mib", "model", "device", "torch", "commit", "date")

@@ -34,7 +34,7 @@ from swinfast.kernels.launch import arch_of
 from swinfast.kernels.shapes import PRECISIONS
 from tabulate import tabulate
 
-from bench import OUT_OF_TIME
+from bench import OUT_OF_TIME, RESULTS
 from bench.cases import (
     FORMS,
     Case,
@@ -57,7 +57,6 @@ from swinfast.errors import in_a_line
 from swinfast.measurements import append
 from swinfast.pipeline import resolve_device
 
-RESULTS = Path(__file__).parent / "results"
 KERNELS = (
     "attention_block", "attention_parts", "linear", "linear_norm_residual", "merge_norm", "mlp_block", "mlp_parts",
     "norm_residual", "patch_embed", "qkv_attention", "window_attention",

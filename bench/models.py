@@ -14,16 +14,14 @@ from typing import NamedTuple
 
 import torch
 
+from bench import RESULTS
 from bench.peers import ENGINES, engines_named, import_timm
 from swinfast.benchmark import describe_device, randomise
 from swinfast.engines import WrongAnswer, measure
-from swinfast.measurements import COLUMNS, DTYPES, append, check_header, commit_of_this, row_of, rows_of
+from swinfast.measurements import DTYPES, append, check_header, commit_of_this, rows_of
 from swinfast.pipeline import resolve_device
 from swinfast.torch_linear import has_native_bfloat16
 
-__all__ = ["COLUMNS", "DTYPES", "RESULTS", "append", "commit_of_this", "main", "row_of"]
-
-RESULTS = Path(__file__).parent / "results"
 CORE_ENGINES = ("swinfast", "eager", "compile")
 CORE_SIZES = (256, 1, 32)
 

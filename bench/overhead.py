@@ -22,12 +22,12 @@ from tabulate import tabulate
 from torch import Tensor
 
 import swinfast
+from bench import RESULTS
 from bench.cases import Case, call_arguments, cases_of, inputs_of, model_named, operation, tf32_setting
 from bench.provenance import provenance
 from swinfast.measurements import append
 from swinfast.pipeline import resolve_device
 
-RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     "model", "dtype", "operation", "shape", "calls", "host_us", "forward_us", "device", "torch", "triton", "driver",
     "commit", "date", "source",

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import swinfast
-from bench.models import DTYPES, RESULTS, append, commit_of_this, row_of
+from bench import RESULTS
 from bench.peers import import_timm
 from swinfast.benchmark import compare, randomise
+from swinfast.measurements import DTYPES, append, commit_of_this, row_of
 from swinfast.torch_linear import make_linear
 
 Engine = Callable[[Tensor], Tensor]

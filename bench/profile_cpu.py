@@ -14,10 +14,11 @@ from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile, schedule
 
 import swinfast
-from bench.models import DTYPES, RESULTS, append, commit_of_this
+from bench import RESULTS
 from bench.peers import import_timm
 from bench.peers_cpu import PRODUCTS, products
 from swinfast.benchmark import compare, describe_device, randomise
+from swinfast.measurements import DTYPES, append, commit_of_this
 
 COLUMNS = (
     "model",

@@ -20,12 +20,13 @@ from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
 import swinfast
+from bench import RESULTS
 from bench.cases import tf32_setting
 from bench.in_forward import Forward
-from bench.models import RESULTS, append
 from bench.peaks import timer_of
 from bench.provenance import provenance
 from bench.tables import slug
+from swinfast.measurements import append
 from swinfast.pipeline import resolve_device
 
 COLUMNS = ("model", "batch", "dtype", "overlapped", "place", "kernel", "start_us", "time_us", "gap_us")

@@ -3,14 +3,13 @@
 import csv
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from tabulate import tabulate
 
+from bench import RESULTS
 from swinfast.plots import label_of
 
-RESULTS = Path(__file__).parent / "results"
 MAIN_MODEL = "swinv2_cr_tiny_ns_224"
 OURS, EAGER = "swinfast", "timm eager"
 FLOOR = "its matrix products alone"  # no engine, but what bounds them

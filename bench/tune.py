@@ -33,7 +33,7 @@ from swinfast.kernels.launch import arch_of
 from swinfast.kernels.shapes import PRECISIONS
 from tabulate import tabulate
 
-from bench import OUT_OF_TIME
+from bench import OUT_OF_TIME, RESULTS
 from bench.alone import Bench, Crashed, in_words, outcome_of, winner
 from bench.candidates import FEW, SIXTEEN_BITS, candidates
 from bench.cases import launch_of, tf32_setting
@@ -47,7 +47,6 @@ from bench.tables import slug
 from bench.targets import Log, Target, find_targets
 from swinfast.pipeline import resolve_device
 
-RESULTS = Path(__file__).parent / "results"
 FINALISTS = 3  # that run against the present choice
 FEW_IMAGES = 8  # up to which kernels are timed in whole forwards
 AHEAD = 4  # targets whose candidates are being compiled
