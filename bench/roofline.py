@@ -27,6 +27,8 @@ import swinfast
 from bench.gpus import GPUS, Gpu
 from bench.peers import import_timm
 from bench.sass import Uncountable, arguments, issued_instructions
+from swinfast.measurements import DTYPES
+from swinfast.plots import finish, panels_for
 
 ATTENTION = {  # kernels, and how many products of C to C channels they contain
     "window_attention": 0,
@@ -35,7 +37,6 @@ ATTENTION = {  # kernels, and how many products of C to C channels they contain
     "attention_block": 4,
 }
 PERSISTENT = "linear.persistent_linear"  # waits in loops, and skips: its instructions can't be counted from outside
-PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Row(NamedTuple):
@@ -152,13 +153,8 @@ def table(rows: Sequence[Row], batch: int) -> str:
 
 def plot(predictions: dict[str, list[Row]], batch: int, title: str, path: Path) -> None:
     """Floors per image, stacked by kernel, a bar for each GPU."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     kernels = list(dict.fromkeys(row.kernel for rows in predictions.values() for row in rows))
-    figure, axes = pyplot.subplots(figsize=(9, 0.7 * len(predictions) + 2))
+    figure, (axes,) = panels_for(1, title, stacked=True)
     for gpu, rows in predictions.items():
         left = 0.0
         for kernel in kernels:
@@ -166,20 +162,15 @@ def plot(predictions: dict[str, list[Row]], batch: int, title: str, path: Path) 
             axes.barh(gpu, width, left=left, color=f"C{kernels.index(kernel)}", label=kernel)
             left += width
         axes.text(left, gpu, f" {1e6 / left:,.0f} images/s", va="center")
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), fontsize=8)
     axes.set_xlabel("floor, µs per image: predicted, not measured")
-    axes.set_title(title, fontsize=10)
-    axes.margins(x=0.18)
+    axes.margins(x=0.22)
     axes.invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    finish(figure, [axes], path)
 
 
 def main() -> None:
     options = _parser().parse_args()
-    dtype = PRECISIONS[options.dtype]
+    dtype = DTYPES[options.dtype]
     eager = eager_bytes(options.model, options.batch, dtype) / options.batch
     predictions = {}
     for name in options.gpu:
@@ -203,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="swinv2_cr_tiny_ns_224")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--dtype", choices=PRECISIONS, default="float16")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["h100", "a100", "l4"])
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the floors")
     return parser
