@@ -1,33 +1,18 @@
 """How many instructions a program's warp issues, counted in the machine code that a configuration compiles to."""
 
-import importlib
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import triton
-from swinfast.kernels.gate import ARCHS, Job
-from triton.compiler import ASTSource
-
-NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+from swinfast.kernels.gate import Job, compile_job, look_into
 
 
 def issued_instructions(job: Job) -> float:
     """Instructions that each warp of a program issues, on a path through all of the kernel and its loops.
 
     Raises:
-        ValueError: The machine code has other loops than the kernel's source.
+        Uncountable: The machine code has other loops than the kernel's source.
     """
-    kernel = getattr(importlib.import_module(job.module), job.function)
-    source = ASTSource(kernel, job.signature, job.constants, job.attrs)
-    compiled = triton.compile(source, target=ARCHS[job.arch].target, options=job.options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = subprocess.run([NVDISASM, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    return count(text, trips(job))
+    return count(look_into(compile_job(job).asm["cubin"], "nvdisasm", "-c"), trips(job))
 
 
 class Uncountable(ValueError):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from .configs import Config
@@ -35,7 +35,7 @@ DERIVED = {
 TENSOR_MEMORY = 512  # columns
 WAIT = "griddepcontrol.wait"  # for the kernel before an overlapped one
 ACCESS = re.compile(r"\b(?:ld|st|cp|red|atom)\.[\w.:]*global")
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 class Arch(NamedTuple):
@@ -150,10 +150,8 @@ def measure(job: Job) -> Measured:
 
 def compile_ahead(job: Job) -> Measured:
     """Compile one job into Triton's cache, where a launch on such a GPU finds it."""
-    kernel = getattr(importlib.import_module(job.module), job.function)
-    source = ASTSource(kernel, job.signature, job.constants, job.attrs)
     try:
-        compiled = triton.compile(source, target=ARCHS[job.arch].target, options=job.options)
+        compiled = compile_job(job)
     except Exception as error:  # whatever a compiler throws is what the row reports
         return Measured(error=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200])
     assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
@@ -166,6 +164,13 @@ def compile_ahead(job: Job) -> Measured:
     return Measured(registers, spilled, compiled.metadata.shared, tensor_memory, product, waits=waits_first(assembly))
 
 
+def compile_job(job: Job) -> CompiledKernel:
+    """What Triton makes of a job, from its cache or into it."""
+    kernel = getattr(importlib.import_module(job.module), job.function)
+    source = ASTSource(kernel, job.signature, job.constants, job.attrs)
+    return triton.compile(source, target=ARCHS[job.arch].target, options=job.options)
+
+
 def waits_first(assembly: str) -> bool:
     """Whether a kernel in PTX waits for the one before it, and does so before it reads or writes memory."""
     access = ACCESS.search(assembly)
@@ -174,11 +179,16 @@ def waits_first(assembly: str) -> bool:
 
 def _cuda_resources(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes on the stack): spills are the only use of it."""
+    text = look_into(cubin, "cuobjdump", "-res-usage")
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def look_into(cubin: bytes, tool: str, option: str) -> str:
+    """What one of the tools that come with Triton says of machine code for NVIDIA's GPUs."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+        return subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _amd_resources(assembly: str) -> tuple[int, int]:
