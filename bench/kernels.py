@@ -29,7 +29,7 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from swinfast.kernels.gate import ARCHS, compile_ahead, job_of
+from swinfast.kernels.gate import ARCHS, compile_ahead, jobs_of
 from swinfast.kernels.launch import arch_of
 from swinfast.kernels.shapes import PRECISIONS
 from tabulate import tabulate
@@ -141,15 +141,9 @@ def compile_all(cases: Iterable[Case], arch: str, pool: Pool | None, seconds: fl
     """Fill Triton's cache in many processes at once, for so long: compiling is most of the time of a first run."""
     if pool is None or arch not in ARCHS:
         return
-    jobs = {}
-    for case in cases:
-        if case.launch.kernel is None:
-            continue
-        with tf32_setting(case.precision):
-            job = job_of(case.launch, arch, case.precision)
-        jobs[job.key] = job
+    jobs = jobs_of(((case.launch, case.precision) for case in cases), arch)
     with suppress(multiprocessing.TimeoutError):  # a pool whose worker died never ends; a launch compiles what is left
-        pool.map_async(compile_ahead, jobs.values(), chunksize=1).get(seconds)
+        pool.map_async(compile_ahead, jobs, chunksize=1).get(seconds)
 
 
 @contextmanager

@@ -19,52 +19,41 @@ from concurrent.futures import ProcessPoolExecutor
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported, also where there is no GPU
 
 import torch
-from swinfast.kernels.gate import ARCHS, Job, compile_ahead, job_of
+from swinfast.kernels.gate import ARCHS, compile_ahead, jobs_of
 from swinfast.kernels.launch import Launch
 from swinfast.kernels.shapes import PRECISIONS
 from tqdm import tqdm
 
 from bench.candidates import candidates
-from bench.cases import Case, launch_of, tf32_setting
+from bench.cases import launch_of
 from bench.kernels import COMPOSITIONS, KERNELS, find_cases
 from bench.targets import find_targets
 
 
-def launches(options: argparse.Namespace) -> Iterator[tuple[Case, Launch]]:
-    """What the forwards launch, and the candidates for it that bench.tune would try."""
+def launches(options: argparse.Namespace) -> Iterator[tuple[Launch, str]]:
+    """What the forwards launch, and the candidates for it that bench.tune would try; each with its precision."""
     for batch in options.batch_sizes:
         for _, case in find_cases(options.models, batch, options.dtypes, options.arch, KERNELS, options.forms):
-            yield case, case.launch
+            yield case.launch, case.precision
         if options.candidates:
             yield from _tried(options, batch)
 
 
-def _tried(options: argparse.Namespace, batch: int) -> Iterator[tuple[Case, Launch]]:
+def _tried(options: argparse.Namespace, batch: int) -> Iterator[tuple[Launch, str]]:
     for target in find_targets(options.models, batch, options.dtypes, options.arch, KERNELS):
         if target.in_use:
             _, *others = candidates(
                 target.kernel, dict(target.sizes), target.precision, target.present, options.arch, options.candidates
             )
             for config, case in itertools.product(others, target.cases):
-                yield case, launch_of(case, config, options.arch)
-
-
-def jobs_of(options: argparse.Namespace) -> list[Job]:
-    """What is to be compiled, each once."""
-    jobs = {}
-    for case, launched in launches(options):
-        if launched.kernel is not None:  # else PyTorch's library computes it
-            with tf32_setting(case.precision):
-                job = job_of(launched, options.arch, case.precision)
-            jobs[job.key] = job
-    return list(jobs.values())
+                yield launch_of(case, config, options.arch), case.precision
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     began, failed = time.monotonic(), 0
     with torch.no_grad():
-        jobs = jobs_of(options)
+        jobs = jobs_of(launches(options), options.arch)
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         for job, measured in zip(jobs, tqdm(pool.map(compile_ahead, jobs), total=len(jobs), disable=None), strict=True):
             if measured.error:

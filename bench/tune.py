@@ -28,7 +28,7 @@ if not torch.cuda.is_available():  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from swinfast.kernels.configs import FOLDER, MANY, Config, tile
-from swinfast.kernels.gate import ARCHS, Job, Measured, compile_ahead, job_of, problems
+from swinfast.kernels.gate import ARCHS, Job, Measured, compile_ahead, jobs_of, problems
 from swinfast.kernels.launch import arch_of
 from swinfast.kernels.shapes import PRECISIONS
 from tabulate import tabulate
@@ -36,7 +36,7 @@ from tabulate import tabulate
 from bench import OUT_OF_TIME, RESULTS
 from bench.alone import Bench, Crashed, in_words, outcome_of, winner
 from bench.candidates import FEW, SIXTEEN_BITS, candidates
-from bench.cases import launch_of, tf32_setting
+from bench.cases import launch_of
 from bench.config_tables import Row, update
 from bench.forms import form_rows, precisions_of, source_of, when_few
 from bench.in_forward import Compositions, forwards_of, in_forwards
@@ -61,14 +61,8 @@ def compile_target(target: Target, tried: Sequence[Config], arch: str, pool: Poo
         return lambda seconds: [""] * len(tried)
     pending: list[list[tuple[Job, AsyncResult]]] = []
     for config in tried:
-        jobs = {}
-        for case in target.cases:
-            with tf32_setting(case.precision):
-                launched = launch_of(case, config, arch)
-                if launched.kernel is not None:
-                    job = job_of(launched, arch, case.precision)
-                    jobs[job.key] = job
-        pending.append([(job, pool.apply_async(compile_ahead, (job,))) for job in jobs.values()])
+        jobs = jobs_of(((launch_of(case, config, arch), case.precision) for case in target.cases), arch)
+        pending.append([(job, pool.apply_async(compile_ahead, (job,))) for job in jobs])
 
     def wait(seconds: float) -> list[str]:
         deadline = time.monotonic() + seconds

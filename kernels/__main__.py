@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from .configs import tile
-from .gate import ARCHS, Job, Measured, job_of, measure, problems, programs_per_unit
+from .gate import ARCHS, Job, Measured, jobs_of, measure, problems, programs_per_unit
 from .launch import INTERPRETED
 from .shapes import PRECISIONS, VARIANTS, launches
 
@@ -73,15 +73,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def find_jobs(archs: Sequence[str], precisions: Sequence[str], variants: Sequence[str]) -> list[Job]:
     """What is to be compiled, each thing once."""
-    jobs = {}
+    jobs: list[Job] = []
     for arch in archs:
-        for precision in precisions:
-            for launched in launches(arch, precision, variants):
-                if launched.kernel is None:  # PyTorch's library computes it
-                    continue
-                job = job_of(launched, arch, precision)
-                jobs.setdefault(job.key, job)
-    return list(jobs.values())
+        recorded = ((one, precision) for precision in precisions for one in launches(arch, precision, variants))
+        jobs += jobs_of(recorded, arch)
+    return jobs
 
 
 def subset(jobs: Sequence[Job]) -> list[Job]:

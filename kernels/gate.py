@@ -10,6 +10,7 @@ import importlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,6 +134,19 @@ def job_of(launched: Launch, arch: str, precision: str) -> Job:
     )
     what = (triton.__version__, kernel.cache_key, signature, named, attrs, *job.options.values(), arch)
     return job._replace(key=hashlib.sha256(repr(what).encode()).hexdigest())
+
+
+def jobs_of(launches: Iterable[tuple[Launch, str]], arch: str) -> list[Job]:
+    """What launches, each with its precision, compile on an architecture, each thing once.
+
+    What PyTorch's library computes is nothing to compile.
+    """
+    jobs: dict[str, Job] = {}
+    for launched, precision in launches:
+        if launched.kernel is not None:
+            job = job_of(launched, arch, precision)
+            jobs.setdefault(job.key, job)
+    return list(jobs.values())
 
 
 @cache

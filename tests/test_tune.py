@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from swinfast.kernels import configs
+from swinfast.kernels import configs, gate
 from swinfast.kernels.configs import Config, config, tile
 from swinfast.kernels.gate import Measured
 from swinfast.kernels.patch_embed import patch_embed
@@ -276,7 +276,7 @@ def test_compilers_say_why_a_candidate_is_refused(monkeypatch):
             self.blocks = config.blocks
             self.named = {"PRECISION": "ieee", "BLOCK_M": 64, "BLOCK_K": config.blocks["BLOCK_K"]}
 
-    monkeypatch.setattr(tune, "job_of", lambda launched, arch, precision: Job(launched.config))
+    monkeypatch.setattr(gate, "job_of", lambda launched, arch, precision: Job(launched.config))
     monkeypatch.setattr(tune, "launch_of", lambda case, config, arch: case.launch._replace(config=config))
     (target,) = find_targets(["small"], 1, ["float16"], "sm_90", ["patch_embed"])
     tried = [target.present._replace(blocks={"BLOCK_M": 64, "BLOCK_K": size}) for size in (16, 32, 64)]
