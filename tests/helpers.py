@@ -14,21 +14,6 @@ from torch import Tensor, nn
 import swinfast
 from swinfast.benchmark import randomise
 
-__all__ = [
-    "OPTIONS",
-    "SMALL",
-    "THREE",
-    "images_for",
-    "make",
-    "names_in",
-    "random_images",
-    "randomise",
-    "read_csv",
-    "relative_rms",
-    "small_model_args",
-    "write_image",
-]
-
 SMALL = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 7}
 THREE = SMALL | {"depths": (2, 3, 2), "num_heads": (1, 2, 4)}
 OPTIONS = {
