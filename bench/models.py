@@ -16,6 +16,7 @@ import torch
 
 from bench import RESULTS
 from bench.peers import ENGINES, engines_named, import_timm
+from swinfast.arguments import positive
 from swinfast.benchmark import describe_device, randomise
 from swinfast.engines import WrongAnswer, measure
 from swinfast.measurements import DTYPES, append, check_header, commit_of_this, rows_of
@@ -135,22 +136,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--models", nargs="+", default=["swinv2_cr_tiny_ns_224"], help="timm's names (default: %(default)s)")
     add("--dtypes", nargs="+", choices=DTYPES, help=f"default: {' '.join(GPU.dtypes)}; CPU: {' '.join(CPU.dtypes)}")
     sizes = " or ".join(" ".join(map(str, defaults.batch_sizes)) for defaults in (GPU, CPU))
-    add("--batch-sizes", nargs="+", type=_positive, metavar="N", help=f"default: {sizes} on a CPU")
+    add("--batch-sizes", nargs="+", type=positive, metavar="N", help=f"default: {sizes} on a CPU")
     add("--engines", nargs="+", choices=ENGINES, help=f"default: all; CPU: {' '.join(CPU.engines)}")
     rounds = f"default: {GPU.rounds}; CPU: {CPU.rounds}"
-    add("--rounds", type=_positive, metavar="N", help=f"turns of each engine, each of many calls on a GPU ({rounds})")
+    add("--rounds", type=positive, metavar="N", help=f"turns of each engine, each of many calls on a GPU ({rounds})")
     minutes = f"begin no run later than this (default: no limit; CPU: {CPU.minutes:.0f})"
     add("--minutes", type=float, metavar="N", help=minutes)
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
     add("--output", type=Path, metavar="FILE", help="default: bench/results/gpu.csv or cpu.csv")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 if __name__ == "__main__":

@@ -1,7 +1,15 @@
-"""Checks of arguments."""
+"""Checks of arguments, of functions and on the command line."""
 
+import argparse
 import operator
 from typing import Any
+
+
+def positive(text: str) -> int:
+    """An argparse type for whole numbers of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1, got {text!r}")
+    return int(text)
 
 
 def whole_number(name: str, value: Any, least: int, expected: str = "a whole number") -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import plots
+from .arguments import positive
 from .backends import CHOICES
 from .batch.sources import find_images
 from .batch.worker import reason_of
@@ -59,12 +60,12 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     bench.set_defaults(run=_bench)
     add = bench.add_argument
     _add_model(bench)
-    add("--batch-sizes", type=_list_of(_positive), metavar="N,…", help="default: 1,32,256 on a GPU, 1,8 on a CPU")
+    add("--batch-sizes", type=_list_of(positive), metavar="N,…", help="default: 1,32,256 on a GPU, 1,8 on a CPU")
     dtypes = f"of {', '.join(DTYPES)} (default: float16 on a GPU, float32 on a CPU)"
     add("--dtypes", type=_list_of(_one_of(DTYPES)), metavar="DTYPE,…", help=dtypes)
     against = f"of {', '.join(AGAINST)} (default: eager)"
     add("--against", type=_list_of(_one_of(AGAINST)), default=["eager"], metavar="ENGINE,…", help=against)
-    add("--rounds", type=_positive, default=10, metavar="N", help="turns of each engine (default: %(default)s)")
+    add("--rounds", type=positive, default=10, metavar="N", help="turns of each engine (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the results as JSON")
     add("--csv", type=Path, metavar="FILE", help="add the results to a csv file")
     add("--plot", type=Path, metavar="FILE", help="draw images/s against the batch size; needs matplotlib")
@@ -248,9 +249,3 @@ def _one_of(choices: dict[str, Any]) -> Callable[[str], str]:
         return text
 
     return convert
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1, got {text!r}")
-    return int(text)
