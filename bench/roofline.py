@@ -84,7 +84,7 @@ def predict(launches: Sequence[Launch], precision: str, gpu: Gpu) -> list[Row]:
         shape = job.shape if job else f"n={first.constants['N']} k={first.constants['K']} by PyTorch's library"
         if job and job.kernel != PERSISTENT:
             with suppress(Uncountable):  # then it has no such floor
-                issued = first.programs * job.num_warps * issued_instructions(job)
+                issued = first.programs * job.config.num_warps * issued_instructions(job)
         flops, moved = flops_of(first, kernel_of(first)), bytes_of(first)
         times = flops / gpu.matrix_rate(precision), moved / (1e12 * gpu.bandwidth), issued / gpu.issue_rate
         sums = (count * number for number in (flops, moved, *times))

@@ -127,7 +127,7 @@ def _row(job: Job, measured: Measured) -> dict:
         "shape": job.shape,
         "precision": job.precision,
         "arch": job.arch,
-        "tile": tile(job),
+        "tile": tile(job.config),
         "registers": measured.registers,
         "spilled": measured.spilled,
         "shared": measured.shared,

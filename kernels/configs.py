@@ -114,8 +114,8 @@ def matches(when: dict[str, Any], shape: dict[str, int]) -> bool:
     return True
 
 
-def tile(chosen: Any) -> str:
-    """A Config (or a gate.Job) in short: 128x64x32 w4 s3, then r168 for a limit of registers, o for overlapped."""
+def tile(chosen: Config) -> str:
+    """A configuration in short: 128x64x32 w4 s3, then r168 for a limit of registers, o for overlapped."""
     blocks = "x".join(str(size) for name, size in chosen.blocks.items() if name not in NO_SIZES) or "-"
     limit = f" r{chosen.blocks['maxnreg']}" if "maxnreg" in chosen.blocks else ""
     return f"{blocks} w{chosen.num_warps} s{chosen.num_stages}{limit}{' o' if chosen.blocks.get('OVERLAPPED') else ''}"

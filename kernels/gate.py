@@ -69,16 +69,9 @@ class Job(NamedTuple):
     signature: dict[str, str]
     constants: dict[tuple[int, ...], Any]
     attrs: dict[tuple[int, ...], list]
-    num_warps: int
-    num_stages: int
-    blocks: dict[str, Any]
+    config: Config
     named: dict[str, Any]  # constants by name
     key: str  # the same for two jobs that compile the same
-
-    @property
-    def options(self) -> dict[str, int]:
-        """What Triton compiles with."""
-        return Config(self.blocks, self.num_warps, self.num_stages, "").options
 
     @property
     def kernel(self) -> str:
@@ -93,7 +86,7 @@ class Job(NamedTuple):
         streams = (name for name in ("residual", "x", "images") if self.signature.get(name, "i")[0] in "*t")
         words = [f"{name}={self.signature[name].strip('*')}" for name in list(streams)[:1]]
         for name, value in self.named.items():
-            if name not in DERIVED and name not in self.blocks and value is not False:
+            if name not in DERIVED and name not in self.config.blocks and value is not False:
                 words.append(name.lower() if value is True else f"{name.lower()}={value}")
         return " ".join(words)
 
@@ -126,13 +119,11 @@ def job_of(launched: Launch, arch: str, precision: str) -> Job:
         signature=signature,
         constants=constants,
         attrs=attrs,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        blocks=config.blocks,
+        config=config,
         named=named,
         key="",
     )
-    what = (triton.__version__, kernel.cache_key, signature, named, attrs, *job.options.values(), arch)
+    what = (triton.__version__, kernel.cache_key, signature, named, attrs, *config.options.values(), arch)
     return job._replace(key=hashlib.sha256(repr(what).encode()).hexdigest())
 
 
@@ -182,7 +173,7 @@ def compile_job(job: Job) -> CompiledKernel:
     """What Triton makes of a job, from its cache or into it."""
     kernel = getattr(importlib.import_module(job.module), job.function)
     source = ASTSource(kernel, job.signature, job.constants, job.attrs)
-    return triton.compile(source, target=ARCHS[job.arch].target, options=job.options)
+    return triton.compile(source, target=ARCHS[job.arch].target, options=job.config.options)
 
 
 def waits_first(assembly: str) -> bool:
@@ -216,13 +207,13 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
 def programs_per_unit(job: Job, measured: Measured) -> int:
     """How many programs a streaming multiprocessor or compute unit holds at once."""
     arch = ARCHS[job.arch]
-    limits = [arch.programs_per_unit, arch.warps_per_unit // job.num_warps]
+    limits = [arch.programs_per_unit, arch.warps_per_unit // job.config.num_warps]
     if arch.target.backend == "hip":  # four SIMDs of 512 registers a lane, by eight
         waves = 4 * (512 // max(8, -(-measured.registers // 8) * 8))
-        limits.append(waves // job.num_warps)
+        limits.append(waves // job.config.num_warps)
         limits.append(arch.shared_per_unit // max(1, measured.shared))
     else:  # 65536 registers, by 256 a warp; a kilobyte of shared memory a program is the driver's
-        limits.append(65536 // (job.num_warps * max(256, -(-measured.registers // 8) * 256)))
+        limits.append(65536 // (job.config.num_warps * max(256, -(-measured.registers // 8) * 256)))
         limits.append(arch.shared_per_unit // (measured.shared + 1024))
         limits.append(TENSOR_MEMORY // max(1, measured.tensor_memory))
     return min(limits)
@@ -240,7 +231,7 @@ def problems(job: Job, measured: Measured) -> list[str]:
         found.append(f"needs {measured.shared >> 10} KB of shared memory, there are {arch.shared_per_program >> 10}")
     if measured.tensor_memory > TENSOR_MEMORY:
         found.append(f"needs {measured.tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY}")
-    if job.blocks.get("OVERLAPPED") and not measured.waits:
+    if job.config.blocks.get("OVERLAPPED") and not measured.waits:
         found.append("overlaps with the kernel before it and does not wait for that first")
     wanted = wanted_products(job)
     if wanted and measured.product not in wanted:
@@ -254,6 +245,6 @@ def wanted_products(job: Job) -> tuple[str, ...]:
         return ()
     products = ARCHS[job.arch].products
     rows = job.named.get("BLOCK_M", job.named.get("SLOTS", 0))
-    if job.arch == "sm_90" and job.precision != "tf32" and job.num_warps >= 4 and rows >= 64:
+    if job.arch == "sm_90" and job.precision != "tf32" and job.config.num_warps >= 4 and rows >= 64:
         return ("wgmma",)
     return products

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from swinfast.kernels.configs import FOLDER, config, rows
+from swinfast.kernels.configs import FOLDER, Config, config, rows
 from swinfast.kernels.gate import ARCHS, Job, Measured, problems, waits_first
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +19,7 @@ KERNELS = {
 IN_PARTS = {"attention_parts", "mlp_parts"}  # where there is a large cache
 PERSISTENT = "linear.persistent_linear"  # where there is an engine that copies what a descriptor describes
 TABLES = sorted(file.stem for file in FOLDER.glob("*.json"))
+CONFIG = Config({}, 4, 2, "")
 PRECISIONS = ("float16", "bfloat16", "float32", "tf32")
 SIZES = {  # by which rows are matched: the values tried for a row that does not name them
     "channels": (96, 128, 192, 256, 384, 512, 768, 1024, 1536, 3072),
@@ -139,7 +140,7 @@ for width in (224, 222):
         patch_embed(empty(64, 3, 224, width), empty(96, 3, 4, 4), empty(96), empty(96), empty(96))
     job = job_of(launches[0], "sm_90", "float16")
     source = ASTSource(_patch_embed_kernel, job.signature, job.constants, job.attrs)
-    assembly = compile(source, target=ARCHS["sm_90"].target, options=job.options).asm["ptx"]
+    assembly = compile(source, target=ARCHS["sm_90"].target, options=job.config.options).asm["ptx"]
     print(width, len(re.findall("ld.global.b16", assembly)))
 """
 
@@ -241,7 +242,7 @@ def test_overlapped_kernels_wait_first(gate):
 def test_gate_knows_who_waits_first(assembly, waits):
     assert waits_first(assembly) is waits
     blocks = {"OVERLAPPED": True}
-    job = Job("sm_90", "float16", "swinfast.kernels.norm_residual", "_", {}, {}, {}, 4, 2, blocks, {}, "")
+    job = Job("sm_90", "float16", "swinfast.kernels.norm_residual", "_", {}, {}, {}, Config(blocks, 4, 2, ""), {}, "")
     assert bool(problems(job, Measured(registers=32, waits=waits))) is not waits
 
 
@@ -281,13 +282,13 @@ def test_gate_refuses_a_bad_tile(gate, arch, blocks, num_stages, reason):
 def test_gate_misses_matrix_instructions(arch, precision, rows, product, fit):
     """Products in float32 are multiply-adds; wgmma takes 64 rows."""
     named = {"PRECISION": "tf32" if precision == "tf32" else "ieee", "BLOCK_M": rows}
-    job = Job(arch, precision, "swinfast.kernels.linear", "_linear_kernel", {}, {}, {}, 4, 2, {}, named, "")
+    job = Job(arch, precision, "swinfast.kernels.linear", "_linear_kernel", {}, {}, {}, CONFIG, named, "")
     assert bool(problems(job, Measured(registers=100, shared=1024, product=product))) is not fit
 
 
 @pytest.mark.parametrize("columns", [512, 1024])
 def test_gate_knows_tensor_memory(columns):
-    job = Job("sm_100", "float32", "swinfast.kernels.linear", "_linear_kernel", {}, {}, {}, 4, 2, {}, {}, "")
+    job = Job("sm_100", "float32", "swinfast.kernels.linear", "_linear_kernel", {}, {}, {}, CONFIG, {}, "")
     assert bool(problems(job, Measured(registers=100, tensor_memory=columns))) is (columns > 512)
 
 

@@ -272,8 +272,7 @@ def test_compilers_say_why_a_candidate_is_refused(monkeypatch):
 
     class Job:
         def __init__(self, config):
-            self.arch, self.num_warps, self.precision, self.key = "sm_90", 4, "float16", tile(config)
-            self.blocks = config.blocks
+            self.arch, self.precision, self.config, self.key = "sm_90", "float16", config, tile(config)
             self.named = {"PRECISION": "ieee", "BLOCK_M": 64, "BLOCK_K": config.blocks["BLOCK_K"]}
 
     monkeypatch.setattr(gate, "job_of", lambda launched, arch, precision: Job(launched.config))
