@@ -28,6 +28,7 @@ from .fused import FusedPatchEmbed
 from .optimize import optimize
 from .pixels import Crop
 from .preprocess import transform_of
+from .torch_backend import normalise
 from .watch import WATCHED
 
 MOST_WORKERS = 32  # started without being asked for
@@ -185,10 +186,7 @@ class Pipeline:
         """uint8 images as they are, where the patch embedding normalises them on their way; else normalised."""
         if self._takes_pixels():
             return images
-        mean, std = (
-            images.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (self.transform.mean, self.transform.std)
-        )
-        return images.float().div(255).sub(mean).div(std).to(next(self.model.parameters()).dtype)
+        return normalise(images, (self.transform.mean, self.transform.std), next(self.model.parameters()).dtype)
 
     def _takes_pixels(self) -> bool:
         """Whether the model is one that does nothing with images before its patch embedding, which is replaced."""
