@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,7 @@ import swinfast
 from bench import RESULTS
 from swinfast.batch.decode import Decoder, usable_cores
 from swinfast.batch.engine import CHUNK
-from swinfast.benchmark import describe_device
-from swinfast.measurements import commit_of_this
+from swinfast.measurements import provenance
 
 BATCH = 32
 COLUMNS = ("what", "images_per_sec", "median", "ratio", "images", "mib", "model", "device", "torch", "commit", "date")
@@ -112,13 +110,8 @@ def _run(predictor: swinfast.Predictor, files: list[str]) -> None:
 
 def _write(options: argparse.Namespace, found: dict[str, list[float]], memory: dict[int, float]) -> None:
     slower = min(max(found["decode"]), max(found["model"]))
-    common = {
-        "model": options.model,
-        "device": describe_device(torch.device("cpu")),
-        "torch": torch.__version__,
-        "commit": commit_of_this(),
-        "date": date.today().isoformat(),
-    }
+    about = provenance(torch.device("cpu"), "measured")
+    common = {"model": options.model} | {name: about[name] for name in COLUMNS if name in about}
     rows = []
     for what, rates in found.items():
         ratio = f"{max(rates) / slower:.3f}"

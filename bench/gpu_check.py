@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
 from swinfast.kernels.configs import FOLDER
 from swinfast.kernels.launch import arch_of
 
 from bench import OUT_OF_TIME
-from bench.provenance import provenance
+from swinfast.measurements import provenance
 
 ROOT = Path(__file__).parents[1]
 GPU = torch.cuda.is_available()
@@ -285,7 +284,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     """At most 60 lines: the machine, each step's state, and the end of what it said."""
     about = provenance(torch.device("cuda" if GPU else "cpu"), "")
     where = about["device"] if GPU else f"no GPU: the interpreter, and PyTorch on {about['device']}"
-    lines = [f"{where}, torch {torch.__version__}, triton {triton.__version__}, commit {about['commit']}"]
+    lines = [f"{where}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}"]
     for one in outcomes:
         lines += [f"{one.name}: {one.state}, {one.seconds:.0f} s", *(f"    {line}" for line in one.said)]
     states = ", ".join(f"{one.name} {one.state}" for one in outcomes if not one.passed)

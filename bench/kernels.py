@@ -50,11 +50,10 @@ from bench.cases import (
     tf32_setting,
 )
 from bench.peaks import Peaks, Timer, launches_of, measure_peaks, rows_of, timer_of
-from bench.provenance import provenance
 from bench.roofline import bytes_of, flops_of
 from bench.tables import slug
 from swinfast.errors import in_a_line
-from swinfast.measurements import append
+from swinfast.measurements import append, provenance
 from swinfast.pipeline import resolve_device
 
 KERNELS = (

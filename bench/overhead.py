@@ -24,8 +24,7 @@ from torch import Tensor
 import swinfast
 from bench import RESULTS
 from bench.cases import Case, call_arguments, cases_of, inputs_of, model_named, operation, tf32_setting
-from bench.provenance import provenance
-from swinfast.measurements import append
+from swinfast.measurements import append, provenance
 from swinfast.pipeline import resolve_device
 
 COLUMNS = (

@@ -13,8 +13,8 @@ from swinfast.kernels.shapes import PRECISIONS
 from tabulate import tabulate
 
 from bench.cases import tf32_setting
-from bench.provenance import provenance
 from swinfast import graphs
+from swinfast.measurements import provenance
 from swinfast.pipeline import resolve_device
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}  # of the source; as many are written

@@ -23,7 +23,7 @@ import swinfast
 from bench import RESULTS
 from bench.peers import import_timm
 from swinfast.benchmark import compare, randomise
-from swinfast.measurements import DTYPES, append, commit_of_this, row_of
+from swinfast.measurements import DTYPES, append, row_of
 from swinfast.torch_linear import make_linear
 
 Engine = Callable[[Tensor], Tensor]
@@ -182,7 +182,7 @@ def products(plain: nn.Module, dtype: torch.dtype, batch: int) -> Callable[[], N
 
 def main() -> None:
     options = _parser().parse_args()
-    timm, commit = import_timm(), commit_of_this()
+    timm = import_timm()
     for name in options.models:
         plain = randomise(timm.create_model(name)).eval()
         with tempfile.TemporaryDirectory() as folder:
@@ -194,7 +194,7 @@ def main() -> None:
                 for dtype in options.dtypes:
                     torch.compiler.reset()
                     for row in measure(plain, name, DTYPES[dtype], batch, images, oracle, Path(folder), options):
-                        append(options.output, row | {"commit": commit})
+                        append(options.output, row)
                         error = f", relative error {row['rel_error']}" if "rel_error" in row else ""
                         speed = f"{row['infer_samples_per_sec']} img/s in {row['rounds']} rounds"
                         print(f"{name} {dtype} batch {batch} {row['engine']}: {speed}{error}", flush=True)

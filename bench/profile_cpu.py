@@ -6,7 +6,6 @@ Appends rows to a csv under bench/results and prints them as a table.
 """
 
 import argparse
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -17,8 +16,8 @@ import swinfast
 from bench import RESULTS
 from bench.peers import import_timm
 from bench.peers_cpu import PRODUCTS, products
-from swinfast.benchmark import compare, describe_device, randomise
-from swinfast.measurements import DTYPES, append, commit_of_this
+from swinfast.benchmark import compare, randomise
+from swinfast.measurements import DTYPES, append, provenance
 
 COLUMNS = (
     "model",
@@ -87,14 +86,8 @@ def row(part: str, seconds: float, share: float) -> dict:
 def main() -> None:
     options = _parser().parse_args()
     plain = randomise(import_timm().create_model(options.model)).eval()
-    shared = {
-        "model": options.model,
-        "rounds": options.rounds,
-        "device": describe_device(torch.device("cpu")),
-        "torch": torch.__version__,
-        "commit": commit_of_this(),
-        "date": date.today().isoformat(),
-    }
+    about = provenance(torch.device("cpu"), "measured")
+    shared = {"model": options.model, "rounds": options.rounds} | {n: about[n] for n in COLUMNS if n in about}
     for name in options.dtypes:
         fast = swinfast.optimize(plain, dtype=DTYPES[name])
         for batch in options.batch_sizes:

@@ -24,9 +24,8 @@ from bench import RESULTS
 from bench.cases import tf32_setting
 from bench.in_forward import Forward
 from bench.peaks import timer_of
-from bench.provenance import provenance
 from bench.tables import slug
-from swinfast.measurements import append
+from swinfast.measurements import append, provenance
 from swinfast.pipeline import resolve_device
 
 COLUMNS = ("model", "batch", "dtype", "overlapped", "place", "kernel", "start_us", "time_us", "gap_us")

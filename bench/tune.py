@@ -42,9 +42,9 @@ from bench.forms import form_rows, precisions_of, source_of, when_few
 from bench.in_forward import Compositions, forwards_of, in_forwards
 from bench.kernels import KERNELS, compilers
 from bench.peaks import Timer, timer_of
-from bench.provenance import provenance
 from bench.tables import slug
 from bench.targets import Log, Target, find_targets
+from swinfast.measurements import provenance
 from swinfast.pipeline import resolve_device
 
 FINALISTS = 3  # that run against the present choice

@@ -44,7 +44,6 @@ def rows_of(
     for one in comparison.measured:
         row = row_of(one.plain, one.model or name, dtype, batch, device, one.timing)
         row |= {"engine": one.engine, "rel_error": f"{one.error:.2e}", "rounds": rounds, "date": now}
-        row["commit"] = commit_of_this()
         if one.agreement is not None:
             row["top1_agreement"] = round(one.agreement, 4)
         if one.peak_memory is not None:
@@ -67,13 +66,20 @@ def row_of(plain: nn.Module, name: str, dtype: torch.dtype, batch: int, device: 
         "infer_gmacs": round(counted.gmacs, 2),
         "infer_macts": round(counted.macts, 2),
         "dtype": str(dtype).removeprefix("torch."),
+        "infer_step_time_p95": round(1e3 * timing.p95, 3),
+    } | provenance(device, "measured")
+
+
+def provenance(device: torch.device, source: str) -> dict[str, str]:
+    """Device, versions, commit, date and what kind of number it is: "measured", or why it is no measurement."""
+    return {
         "device": describe_device(device),
         "torch": torch.__version__,
         "triton": version_of("triton") or "",
         "driver": driver_of(device) or "",
-        "source": "measured",
-        "infer_step_time_p95": round(1e3 * timing.p95, 3),
+        "commit": commit_of_this(),
         "date": date.today().isoformat(),
+        "source": source,
     }
 
 
