@@ -12,7 +12,7 @@ from .autocast import autocast_dtype
 from .calls import is_traced, is_transformed, kind_of, needs_grad
 from .fused import FusedPatchEmbed
 from .graphs import Graphs
-from .plan import Plan, SequencePlan, version_of
+from .plan import Plan, SequencePlan, edits_of
 from .sequence import FusedStages, FusedWhole
 from .watch import Watch
 
@@ -109,7 +109,7 @@ class FusedClassifier(FusedWhole):
         return kept
 
     def tables(self, plan: ClassifierPlan, kind: tuple) -> tuple:
-        versions = list(map(version_of, plan.parameters))
+        versions = list(map(edits_of, plan.parameters))
         kept = plan.tables.get(kind)
         if kept is None or kept[0] != versions:
             parts = self.patch_embed.tables(plan.patch_embed, kind), *self.stages.tables(plan.stages, kind)

@@ -24,7 +24,7 @@ from .backends import Choice, choose
 from .graphs import Graphs, is_capturing
 from .watch import Watch
 
-version_of = attrgetter("_version")
+edits_of = attrgetter("_version")  # how often a tensor was edited
 
 
 def _count_fused_steps(optimizer: Optimizer, *_: Any) -> None:
@@ -127,7 +127,7 @@ class Plan:
             return derive(self.spec)
 
     def _versions_now(self) -> list[int]:
-        return list(map(version_of, self.parameters))
+        return list(map(edits_of, self.parameters))
 
 
 class SequencePlan:
