@@ -126,12 +126,16 @@ def describe_device(device: torch.device) -> str:
     """The processor's name, and for a CPU its vector instructions and the threads that PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{cpu_name()} ({capability}, {torch.get_num_threads()} threads of {os.cpu_count()})"
+
+
+def cpu_name() -> str:
+    """The processor's name, or at least the kind of machine."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    name = name or platform.processor() or platform.machine()
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{name} ({capability}, {torch.get_num_threads()} threads of {os.cpu_count()})"
+    return name or platform.processor() or platform.machine()
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

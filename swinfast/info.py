@@ -8,7 +8,7 @@ import torch
 
 from . import __version__
 from .backends import why_no_triton
-from .benchmark import describe_device
+from .benchmark import cpu_name
 from .measurements import driver_of, version_of
 from .torch_linear import can_pack, has_native_bfloat16
 
@@ -33,10 +33,9 @@ def info() -> Info:
 
 
 def _cpu() -> Info:
-    device = torch.device("cpu")
     return {
         "device": "cpu",
-        "name": describe_device(device).partition(" (")[0],
+        "name": cpu_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
