@@ -44,16 +44,9 @@ def test_one_graph_spans_all(timm, captures, source):
     assert captures.replayed == replayed + 4
 
 
-@pytest.mark.parametrize("pool", POOLS)
-def test_poolings(timm, captures, pool):
-    model = make(timm, TINY | {"global_pool": pool}, "timm").to(DEVICE).requires_grad_(False)
-    fast = warmed(model)
-    assert spans_all(fast)
-    assert_right(fast, model, images(seed=5))
-
-
-def test_no_classifier(timm, captures):
-    model = make(timm, TINY | {"num_classes": 0}, "timm").to(DEVICE).requires_grad_(False)
+@pytest.mark.parametrize("head", [*({"global_pool": pool} for pool in POOLS), {"num_classes": 0}], ids=str)
+def test_heads(timm, captures, head):
+    model = make(timm, TINY | head, "timm").to(DEVICE).requires_grad_(False)
     fast = warmed(model)
     assert spans_all(fast)
     assert_right(fast, model, images(seed=5))

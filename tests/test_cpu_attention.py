@@ -79,15 +79,20 @@ def test_bfloat16_is_rounded_where_products_are_alone(scale):
     assert relative_rms(got.view(expected.shape), expected) <= 2e-3
 
 
+def in_range(monkeypatch) -> list[bool]:
+    """Whether the sums were in range, by the calls that ask so from now on."""
+    answers, ask = [], cpu_attention._in_range
+    monkeypatch.setattr(cpu_attention, "_in_range", lambda sums: answers.append(ask(sums)) or answers[-1])
+    return answers
+
+
 @pytest.mark.parametrize(("last", "falls_back"), [(0.0, False), (0.9, True)])
 def test_a_sum_out_of_range_is_computed_by_softmax(monkeypatch, last, falls_back):
     """One key on the query, all others opposite: exponentials that overflow, or don't."""
     qkv, scales, bias = inputs(100.0, False, False, torch.float32)
     qkv[:, :, 1] = -qkv[:, :1, 0]
     qkv[:, -1, 1] = qkv[:, 0, 0] * last - qkv[:, 0, 0] * (1 - last)
-    answers = []
-    in_range = cpu_attention._in_range
-    monkeypatch.setattr(cpu_attention, "_in_range", lambda sums: answers.append(in_range(sums)) or answers[-1])
+    answers = in_range(monkeypatch)
     scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.float32, torch.float32)
     table = cpu_attention.exponent_table(bias.float(), scales.float())
     got = attend(scratch, table, qkv)
@@ -103,9 +108,7 @@ def test_a_row_that_sees_opposite_keys_alone_is_computed_by_softmax(monkeypatch)
     qkv[:, :, 0] = query
     qkv[:, :8, 1] = 0.3 * query + (1 - 0.3**2) ** 0.5 * query.norm(dim=-1, keepdim=True) * orthogonal(query)
     qkv[:, 8:, 1] = -query
-    answers = []
-    in_range = cpu_attention._in_range
-    monkeypatch.setattr(cpu_attention, "_in_range", lambda sums: answers.append(in_range(sums)) or answers[-1])
+    answers = in_range(monkeypatch)
     scratch = cpu_attention.Scratch(2, GRID, TOKENS, HEADS, CHANNELS, torch.float32, torch.float32)
     table = cpu_attention.exponent_table(bias.float(), scales.float())
     got = attend(scratch, table, qkv)
