@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from tabulate import tabulate
+
 from .configs import tile
 from .gate import ARCHS, Job, Measured, jobs_of, measure, problems, programs_per_unit
 from .launch import INTERPRETED
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [_row(job, measured[job.key]) for job in jobs]
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    _print_table(rows)
+    print(tabulate([[row[name] for name in HEADINGS] for row in rows], HEADINGS, tablefmt="plain"))
     refused = [row for row in rows if row["problems"]]
     for row in refused:
         where = f"{row['kernel']} ({row['shape']}), {row['precision']}, {row['arch']}, {row['tile']}"
@@ -135,16 +137,6 @@ def _row(job: Job, measured: Measured) -> dict:
         "product": measured.product or "-",
         "problems": problems(job, measured),
     }
-
-
-def _print_table(rows: Sequence[dict]) -> None:
-    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in HEADINGS}
-    for row in ({name: name for name in HEADINGS}, *rows):
-        cells = (
-            str(row[name]).rjust(widths[name]) if isinstance(rows[0][name], int) else str(row[name]).ljust(widths[name])
-            for name in HEADINGS
-        )
-        print("  ".join(cells).rstrip())
 
 
 if __name__ == "__main__":
