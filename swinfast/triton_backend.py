@@ -13,27 +13,13 @@ from .autocast import without_autocast
 from .constants import constant, vector
 from .kernels.configs import config
 from .kernels.launch import DTYPES, INTERPRETED, arch_of, precision_name
+from .kernels.norm_residual import LARGEST_CHANNELS
 from .kernels.patch_embed import IMAGE_DTYPES
 from .kernels.patch_embed import patch_embed as embed
 from .kernels.stages import Block, Linear, Merge, Norm, bias_table, forms_of, run_blocks, run_merge
 from .kernels.window_attention import LARGEST_HEAD_DIM, LARGEST_WINDOW
 from .specs import BlockSpec, ImageScale, MergeSpec, PatchEmbedSpec, StageSpec
 
-__all__ = [
-    "capturable",
-    "derive_patch_embed",
-    "derive_stage",
-    "describe",
-    "graph_pays",
-    "may_fail",
-    "patch_embed",
-    "stage",
-    "why_not",
-    "why_not_on",
-]
-
-LARGEST_CHANNELS = 4096
-LARGEST_PATCH_EMBED = 1024  # channels, all of which a program holds
 OLDEST_CAPABILITY = (8, 0)
 capturable = True
 may_fail = True  # where a compiler is missing, or it refuses a kernel
