@@ -20,6 +20,7 @@ from .kernels.stages import Block, Linear, Merge, Norm, bias_table, forms_of, ru
 from .kernels.window_attention import LARGEST_HEAD_DIM, LARGEST_WINDOW
 from .specs import BlockSpec, ImageScale, MergeSpec, PatchEmbedSpec, StageSpec
 
+LARGEST_PATCH_EMBED = 1024  # channels, all of which a program holds
 OLDEST_CAPABILITY = (8, 0)
 capturable = True
 may_fail = True  # where a compiler is missing, or it refuses a kernel
