@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PYTEST := $(PY) -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo test test-all lint format docs clean
+.PHONY: demo test test-all lint format clean
 
 demo: $(READY)
 	$(PY) examples/demo.py

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 from pathlib import Path
 
@@ -72,6 +73,19 @@ def test_wheel(checkout, python, tmp_path):
     tables = "from swinfast.kernels import configs, gate; print(*map(len, map(configs.rows, gate.ARCHS)))"
     assert all(int(count) for count in run(python, "-c", tables, cwd=tmp_path).split())
     assert run(python, "-c", IMPORT_ALL, cwd=checkout)  # Python started in the checkout
+
+
+def test_source_distribution(tmp_path):
+    """All that the README names, and tests that run, are in it."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist"))
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    name = run(sys.executable, "-c", build, tmp_path, cwd=folder).splitlines()[-1]
+    with tarfile.open(tmp_path / name) as archive:
+        files = {Path(*Path(member.name).parts[1:]) for member in archive if member.isfile()}
+    expected = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc"]
+    assert len(expected) > 200
+    assert not {file for file in expected if "egg-info" not in str(file)} - files
 
 
 def test_editable(checkout, python, tmp_path):
