@@ -177,6 +177,14 @@ def test_transform_of():
     assert swinfast.transform_of(swinfast.optimize(features)).size == (64, 64)
 
 
+def test_transform_of_timms_features(timm):
+    """They know their patch embedding's size of images alone."""
+    features = timm.create_model("swinv2_cr_tiny_224", features_only=True, img_size=64)
+    assert not hasattr(features, "img_size")
+    assert swinfast.transform_of(features).size == (64, 64)
+    assert swinfast.transform_of(swinfast.optimize(features)).size == (64, 64)
+
+
 def test_mean_and_std_for_one_channel():
     transform = swinfast.transform_of(swinfast.create_model("swinv2_cr_tiny_224", in_chans=1, device="meta"))
     assert transform.mean == pytest.approx((0.449,))
