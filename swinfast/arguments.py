@@ -4,11 +4,20 @@ import argparse
 import operator
 from typing import Any
 
+LARGEST = 2**31 - 1  # number that makes sense; JSON's and those of Python have no end
+
 
 def positive(text: str) -> int:
     """An argparse type for whole numbers of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1, got {text!r}")
+    return int(text)
+
+
+def class_count(text: str) -> int:
+    """An argparse type for numbers of classes."""
+    if not text.isdecimal() or int(text) > LARGEST:
+        raise argparse.ArgumentTypeError(f"must be a number of classes, got {text!r}")
     return int(text)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import plots
-from .arguments import positive
+from .arguments import class_count, positive
 from .backends import CHOICES
 from .batch.sources import find_images
 from .batch.worker import reason_of
@@ -87,6 +87,8 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="name or folder of a model")
     weights = "weights (default: the folder's, or random ones under which every part shows)"
     command.add_argument("--checkpoint", default="", metavar="FILE", help=weights)
+    classes = "classes of the checkpoint, where not the model's own"
+    command.add_argument("--num-classes", type=class_count, metavar="N", help=classes)
     command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
 
 
@@ -195,7 +197,8 @@ def _load(transform: Transform, file: str) -> Tensor:
 
 
 def _model(options: argparse.Namespace, device: torch.device) -> nn.Module:
-    model = create_model(options.model, checkpoint_path=options.checkpoint).eval()
+    overrides = {} if options.num_classes is None else {"num_classes": options.num_classes}
+    model = create_model(options.model, checkpoint_path=options.checkpoint, **overrides).eval()
     if not options.checkpoint and not is_folder(options.model):
         print("random weights: every part shows in the answers, which mean nothing", file=sys.stderr)
         randomise(model)

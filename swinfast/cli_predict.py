@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .arguments import class_count
 from .backends import CHOICES
 from .batch.decode import usable_cores
 from .batch.formats import check_ending
@@ -24,7 +25,7 @@ from .exit_codes import INTERRUPTED, OK, SOME_FAILED
 from .files import check_writable
 from .labels import LABEL_TYPES, imagenet_labels
 from .measurements import DTYPES
-from .models import LARGEST, create_model, is_folder
+from .models import create_model, is_folder
 from .pipeline import Pipeline, resolve_device
 from .predict import STORED, Embedder, Failure, FeatureExtractor, Prediction, Predictor
 from .results import table
@@ -62,7 +63,7 @@ def _model_options(add: Callable[..., Any]) -> None:
     add("--checkpoint", default="", metavar="FILE", help="weights (default: the folder's, or the published ones)")
     add(
         "--num-classes",
-        type=_class_count,
+        type=class_count,
         metavar="N",
         help="classes of the checkpoint, where not the model's own",
     )
@@ -110,14 +111,13 @@ def _features_options(command: argparse.ArgumentParser, add: Callable[..., Any])
     add("--stored", choices=STORED, default="float32", help="dtype in the file (default: %(default)s)")
 
 
-def _class_count(text: str) -> int:
-    if not text.isdecimal() or int(text) > LARGEST:
-        raise argparse.ArgumentTypeError(f"must be a number of classes, got {text!r}")
-    return int(text)
-
-
 def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number or auto, got {text!r}") from None
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -39,8 +39,9 @@ def optimize(
             graph, for each size and stream that is seen twice. "auto" for sizes where launching would take longer than
             computing, True for all, False for none. Stages that PyTorch computes are launched one by one.
         inplace: Replace in the model itself and return it, in place of a deep copy.
-        mean, std: Per channel, to normalise uint8 images with, for pixel values in 0..1; by default those of the
-            model's config (``pretrained_cfg``), where it has one, and of an optimised model those that it has.
+        mean, std: One for each channel or one for all, to normalise uint8 images with, for pixel values in 0..1; by
+            default those of the model's config (``pretrained_cfg``), where it has one, and of an optimised model those
+            that it has.
 
     Returns:
         The optimised model.
@@ -121,6 +122,8 @@ def _check_arguments(model, dtype, cuda_graphs, mean, std) -> None:
             raise ValueError(f"{name} must be a sequence of numbers, one for each channel, got {values!r}")
     if mean is not None and len(mean) != len(std):
         raise ValueError(f"mean and std must be of one length, got {len(mean)} and {len(std)} values")
+    if std is not None and not all(value > 0 for value in std):
+        raise ValueError(f"std must be above 0, got {std!r}")
 
 
 def _warn_of_float16(model: nn.Module) -> None:

@@ -97,7 +97,7 @@ def verify(model: nn.Module, fast: nn.Module, images: Tensor) -> Verification:
         fast_out = _outputs(fast(images))
     reason = _compare(fast_out, (plain_out, nudged_out), oracle, stored, dtype)
     agreement = None
-    if len(oracle) == 1 and oracle[0].dim() == 2 and oracle[0].numel():
+    if len(oracle) == 1 and oracle[0].dim() == 2 and oracle[0].numel() and fast_out[0].shape == oracle[0].shape:
         agreement = (fast_out[0].argmax(-1) == plain_out[0].argmax(-1)).double().mean().item()
     fast_errors, plain_errors = (
         _errors(fast_out, oracle),

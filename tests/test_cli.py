@@ -242,6 +242,12 @@ def test_usage(arguments, capsys):
     assert "usage: swinfast" in capsys.readouterr().err
 
 
+def test_usage_of_batch_sizes(capsys):
+    with pytest.raises(SystemExit):
+        main(["predict", "photos", "--batch-size", "many"])
+    assert "argument --batch-size: must be a whole number or auto, got 'many'" in capsys.readouterr().err
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["--version"])

@@ -256,6 +256,16 @@ def test_verify_passes(verify, capsys, dtype):
     assert err == ""
 
 
+def test_verify_of_a_checkpoint_with_other_classes(verify, model_folder, tmp_path, capsys):
+    state = swinfast.create_model(model_folder).state_dict()
+    state |= {key: state[key][:3] for key in ("head.fc.weight", "head.fc.bias")}
+    save_file(state, tmp_path / "tuned.safetensors")
+    checkpoint = ("--checkpoint", tmp_path / "tuned.safetensors")
+    assert verify(*checkpoint) == 2
+    assert "head.fc.bias is (3,), expected (10,)" in capsys.readouterr().err
+    assert verify(*checkpoint, "--num-classes", 3) == 0
+
+
 def test_verify_fails(verify, capsys, monkeypatch):
     monkeypatch.setattr(cli_bench, "optimize", lambda model, dtype, backend: wrong(model, dtype))
     assert verify() == 1

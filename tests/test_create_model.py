@@ -211,12 +211,19 @@ def test_folder(folder, trained):
     assert config["tag"] is config["hf_hub_id"] is None
 
 
-def test_folder_as_timm_saves_one(tmp_path, timm):
+@pytest.mark.parametrize("with_model_args", [False, True])
+def test_folder_as_timm_saves_one(tmp_path, timm, with_model_args):
     """What a fine-tuned timm model pushes to the hub."""
     args = ARGS | {"num_classes": 3, "in_chans": 1, "global_pool": "max", "window_size": (4, 2), "drop_path_rate": 0.1}
     theirs = randomise(timm.create_model(NAME, **args), seed=2).eval()
     names = ["ant", "bee", "cat"]
-    timm.models.save_for_hf(theirs, tmp_path, model_config={"label_names": names}, safe_serialization=True)
+    timm.models.save_for_hf(
+        theirs,
+        tmp_path,
+        model_config={"label_names": names},
+        model_args=args if with_model_args else None,
+        safe_serialization=True,
+    )
     model = swinfast.create_model(str(tmp_path))
     torch.testing.assert_close(answers(model, 1), answers(theirs, 1), rtol=1e-4, atol=1e-5)
     assert model.pretrained_cfg["label_names"] == names
@@ -263,7 +270,7 @@ def test_folder_with_another_checkpoint(folder, tmp_path):
         ('{"architecture": ["a"]}', r"has architecture \['a'\]"),
         (json.dumps(small(pretrained_cfg=[1])), r"has pretrained_cfg \[1\], expected an object"),
         (json.dumps(small(model_args="x")), "has model_args 'x', expected an object"),
-        (json.dumps(small(model_args={"drop_rate": 0.1, "a": 1})), "has unknown model_args: a, drop_rate"),
+        (json.dumps(small(model_args={"drop_rate": 0.1, "b": 0, "a": 1})), "has unknown model_args: a, b"),
         (json.dumps(small(pretrained_cfg={"input_size": 16})), "has input_size 16, expected a list"),
         (json.dumps(small(pretrained_cfg={"input_size": []})), r"has input_size \[\], expected a list of three"),
         (json.dumps(small(pretrained_cfg={"mean": None})), "has mean None, expected a list of numbers"),

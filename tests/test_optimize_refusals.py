@@ -332,6 +332,7 @@ def test_nothing_supported():
         ({"cuda_graphs": 1}, ValueError, "cuda_graphs must be 'auto', True or False, got 1"),
         ({"mean": (0.5, 0.5, 0.5)}, ValueError, "mean and std must be given together"),
         ({"mean": (0.5,), "std": (0.5, 0.5)}, ValueError, "mean and std must be of one length, got 1 and 2 values"),
+        ({"mean": (0.5, 0.5), "std": (0.5, 0)}, ValueError, r"std must be above 0, got \(0\.5, 0\)"),
         ({"mean": 0.5, "std": 0.5}, ValueError, "mean must be a sequence of numbers, one for each channel, got 0.5"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -272,6 +272,15 @@ def test_top1_agreement_counts(model):
     assert str(outcome).startswith("FAILED: ")
 
 
+def test_another_number_of_classes(model):
+    """Nothing agrees where answers are of another kind."""
+    fast = swinfast.optimize(model)
+    fast.reset_classifier(3)
+    outcome = swinfast.verify(model, fast, IMAGES)
+    assert outcome.reason == f"shape ({len(IMAGES)}, 3), expected ({len(IMAGES)}, 10)"
+    assert outcome.top1_agreement is None
+
+
 def test_feature_maps(timm):
     options = small_model_args(features_only=True)
     del options["num_classes"]
