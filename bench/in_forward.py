@@ -184,7 +184,8 @@ class Compositions:
 
     def _compared(self, forward: Forward, kind: Kind, parts: Option) -> list[Row]:
         """Rows for one half of one kind of block; none where its present composition fails: nothing is beaten."""
-        what = f"{' and '.join(parts)} channels={kind.channels} rows={kind.rows} {forward.precision}"
+        what = f"{' and '.join(parts)} channels={kind.channels} tokens={kind.tokens} rows={kind.rows}"
+        what += f" {forward.precision} {forward.name}"
         if self._is_known(what, tuple(kind.present[part] for part in parts)):
             return []
         chosen = {

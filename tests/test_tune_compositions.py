@@ -2,12 +2,13 @@
 
 import importlib
 import json
+import math
 
 import pytest
 import torch
 
 from bench import alone, forms, in_forward, tune
-from bench.cases import FORMS, Wrong, cases_of, choose_forms, model_named
+from bench.cases import FORMS, MODELS, Wrong, cases_of, choose_forms, model_named
 from bench.targets import Log, find_targets
 
 ABOUT = {"device": "a card", "torch": "1", "triton": "2", "source": "measured", "commit": "a commit"}
@@ -66,8 +67,8 @@ def test_compositions_in_a_forward(compositions):
     entries = [entry for entry in entries if entry["outcome"] == "timed"]
     halves = {(entry["what"], entry["config"]) for entry in entries}
     for channels, rows in ((32, 256), (64, 64)):
-        attention = f"attention_half and projection channels={channels} rows={rows} float16 in a forward"
-        tried = {config for what, config in halves if what == attention}
+        attention = f"attention_half and projection channels={channels} tokens=16 rows={rows} float16 small"
+        tried = {config for what, config in halves if what == f"{attention} in a forward"}
         ends = ("linear_norm_residual", "linear")
         expected = {f"{half} {end}" for half in ("qkv_attention", "window_attention") for end in ends}
         assert tried == expected | {"attention_parts linear_norm_residual"}  # after which nothing else can come
@@ -129,6 +130,21 @@ def test_compositions_are_compared_once(compositions, monkeypatch):
     again, _ = compositions(faster, resume=True)
     assert again == rows
     assert 0 < len(tried) - first < first  # the halves in which nothing won are not compared again
+
+
+def test_each_models_blocks_are_compared(monkeypatch, tmp_path):
+    """Also those that have as many channels and rows as another model's, in other windows or not."""
+    monkeypatch.setitem(MODELS, "wider", MODELS["small"] | {"window_size": 8})
+    monkeypatch.setitem(MODELS, "deeper", MODELS["small"] | {"depths": (4, 4)})
+    monkeypatch.setattr(in_forward.Forward, "_optimise", lambda self: None)
+    monkeypatch.setattr(in_forward.Forward, "cases", lambda self, arch, choose: [])
+    monkeypatch.setattr(in_forward.Forward, "launches", lambda self, choose: lambda: None)
+    log = Log(tmp_path / "log.jsonl", ABOUT, False, "in a forward")
+    names = ("small", "wider", "deeper")
+    forwards = [in_forward.Forward(name, 1, "float16", CPU) for name in names]
+    assert not list(in_forward.Compositions("sm_90", lambda launch, rep: 1e-6, None, log, math.inf).rows(forwards))
+    finals = [entry["final"]["what"] for entry in log.known.values()]
+    assert [sum(f" {name} " in what for what in finals) for name in names] == [4, 4, 4]
 
 
 def test_nothing_is_found_where_the_present_composition_fails(compositions):
