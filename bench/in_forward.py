@@ -32,7 +32,7 @@ from bench.cases import (
 )
 from bench.config_tables import Row
 from bench.forms import HALVES, Kind, Option, kinds_of, named, options_of, rows_of, source_of
-from bench.kernels import COMPILE_WAIT, compile_all
+from bench.kernels import COMPILE_WAIT, compile_all, problem_of
 from bench.peaks import Timer, launches_of
 from bench.targets import Log, Target
 from swinfast.benchmark import randomise
@@ -41,10 +41,17 @@ QUICK, LONG = 8, 20  # milliseconds of forwards in one timing
 GAIN = 0.003  # of a forward that a choice must win by: one kernel is a small part of it
 
 
+class Failing(RuntimeError):
+    """A forward that fails as the tables have it: nothing can be timed by it."""
+
+
 class Forward:
     """A model and images that go through it."""
 
     def __init__(self, name: str, batch: int, precision: str, device: torch.device):
+        """Raises:
+        Failing: A kernel can't run as it is chosen now.
+        """
         self.name, self.batch, self.precision = name, batch, precision
         self.plain: nn.Module = randomise(model_named(name, device))
         self.images = torch.randn(batch, 3, *self.plain.img_size, device=device).to(PRECISIONS[precision])
@@ -53,8 +60,17 @@ class Forward:
 
     def _optimise(self) -> None:
         self.fast = swinfast.optimize(self.plain, dtype=PRECISIONS[self.precision], backend="triton", cuda_graphs=False)
-        with torch.no_grad(), tf32_setting(self.precision):
-            self.fast(self.images)  # lays tables of position biases out, before any other choice is made
+        try:
+            self._run()  # lays tables of position biases out, before any other choice is made
+        except Exception as error:
+            what = f"{self.name} batch {self.batch} {self.precision}"
+            raise Failing(f"{what} fails as the tables have it: {problem_of(error)}") from error
+
+    def _run(self) -> torch.Tensor:
+        """An answer of Triton's alone: where that fails at a module, PyTorch would take its place from then on."""
+        with warnings.catch_warnings(), torch.no_grad(), tf32_setting(self.precision):
+            warnings.filterwarnings("error", "Triton failed")
+            return self.fast(self.images)
 
     def by(self, target: Target, config: Config) -> Callable[[], object]:
         """What launches the forward with a configuration in place of a target's."""
@@ -73,13 +89,11 @@ class Forward:
         """
 
         def forward() -> torch.Tensor:
-            with torch.no_grad(), tf32_setting(self.precision), override(choose):
-                return self.fast(self.images)
+            with override(choose):
+                return self._run()
 
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", "Triton failed")
-                forward()  # compiles what is new, and loads it
+            forward()  # compiles what is new, and loads it
         except Exception:
             self._optimise()
             raise

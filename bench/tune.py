@@ -39,7 +39,7 @@ from bench.candidates import FEW, SIXTEEN_BITS, candidates
 from bench.cases import launch_of
 from bench.config_tables import Row, update
 from bench.forms import form_rows, precisions_of, source_of, when_few
-from bench.in_forward import Compositions, forwards_of, in_forwards
+from bench.in_forward import Compositions, Failing, forwards_of, in_forwards
 from bench.kernels import KERNELS, compilers
 from bench.peaks import Timer, timer_of
 from bench.tables import slug
@@ -258,6 +258,9 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[..., Timer] = tim
                 targets, arch, options.candidates, bench_of, pool, log, deadline,
                 lambda target, final: found(row_of(target, final, about, what, where)),
             )  # fmt: skip
+    except Failing as error:
+        print(f"FAILED: {error}; --no-in-forward finds what runs")
+        return 1
     except Crashed as crash:
         minutes = f"{(deadline - time.monotonic()) / 60:.2f}"
         print(f"the GPU's context is lost ({crash}): going on in a new process", flush=True)

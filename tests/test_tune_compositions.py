@@ -226,6 +226,23 @@ def test_a_forward_whose_kernel_fails_is_made_anew(monkeypatch):
     assert launched.count("merge_norm") == 2
 
 
+def test_a_forward_whose_kernel_never_runs_is_none(monkeypatch, tmp_path, capsys):
+    """Else the other kernels would be judged by forwards without it, and its candidates by ones without them."""
+
+    def failing(*args, **options):
+        raise RuntimeError("out of resource: shared memory")
+
+    calls_of(monkeypatch, *OPERATIONS, "linear", "patch_embed")
+    monkeypatch.setattr(importlib.import_module("swinfast.kernels.merge_norm"), "launch", failing)
+    said = "small batch 1 float16 fails as the tables have it: .*out of resource: shared memory"
+    with pytest.raises(in_forward.Failing, match=said):
+        in_forward.Forward("small", 1, "float16", CPU)
+    table = tmp_path / "table.json"
+    assert tune.main(["--in-forward", "--table", str(table), "--log", str(tmp_path / "log.jsonl")]) == 1
+    assert "--no-in-forward finds what runs" in capsys.readouterr().out
+    assert not table.exists()
+
+
 def test_a_composition_that_loses_the_context_is_not_tried_again(compositions):
     def check(self, cases, choose):
         if any(case.operation == "mlp_block" for case in cases):
