@@ -2,7 +2,8 @@
 
 Appends a row for each engine, model, dtype and batch size to a csv under bench/results as soon as it is measured, with
 the error of its answers. A wrong answer has no speed: swinfast must pass swinfast.verify (exit status 1 if it does
-not), a peer whose answers are far off is left out, and so is one that fails; each is named with the reason.
+not), a peer whose answers are far off is left out, and so is one that fails; each is named with the reason. Where
+time ran out before all runs, the exit status is 75.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import RESULTS
+from bench import OUT_OF_TIME, RESULTS
 from bench.peers import ENGINES, engines_named, import_timm
 from swinfast.arguments import positive
 from swinfast.benchmark import describe_device, randomise
@@ -84,18 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     two_passes = device.type == "cuda"  # where tuning the compiled peers takes minutes
     tasks = tasks_in_order(options.models, options.dtypes, options.batch_sizes, options.engines, two_passes)
     print(f"{describe_device(device)}, PyTorch {torch.__version__}, {commit_of_this()}; {len(tasks)} runs", flush=True)
-    failed, model = False, None
+    status, model = 0, None
     for number, task in enumerate(tasks):
         if deadline is not None and time.monotonic() > deadline:
             print(f"out of time, left out: {'; '.join(map(str, tasks[number:]))}")
-            break
+            return status or OUT_OF_TIME
         if model is None or model[0] != task.model:
             model = None  # before the next is made
             model = task.model, randomise(import_timm().create_model(task.model)).eval().to(device)
         for line in run(task, model[1], device, options.rounds, options.output):
-            failed |= line.startswith("swinfast: ")
+            status |= line.startswith("swinfast: ")
             print(f"{task.model} {task.dtype} batch {task.batch}, {line}", flush=True)
-    return int(failed)
+    return status
 
 
 def run(task: Task, plain: torch.nn.Module, device: torch.device, rounds: int, output: Path) -> Iterator[str]:
