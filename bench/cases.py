@@ -200,18 +200,33 @@ def cases_of(model: nn.Module, batch: int, precision: str, arch: str, forms: Cal
         lookups.append((kernel, tuple((name, int(size)) for name, size in shape.items())))
         return forms(kernel, shape) if forms else None
 
-    fast = swinfast.optimize(model, dtype=PRECISIONS[precision], backend="triton")
-    images = torch.empty(batch, 3, *model.img_size, device="meta", dtype=PRECISIONS[precision])
+    forward = _forward_of(model, batch, precision)
     with torch.no_grad(), tf32_setting(precision), record(arch) as launches, override(choose):
         recorded = _Calls(launches, lookups)
         with recorded:
-            fast(images)
+            forward()
     found: dict[tuple, Case] = {}
     for name, arguments, launched, lookup in recorded.calls:
         case = Case(name, arguments, 1, launched, lookup, precision)
         before = found.get(case.key)
         found[case.key] = case if before is None else before._replace(calls=before.calls + 1)
     return list(found.values())
+
+
+def first_launches(
+    model: nn.Module, batch: int, precision: str, arch: str, forms: Callable | None = None
+) -> list[Launch]:
+    """All that a first forward launches, which makes the bias tables too. Arguments are as in cases_of."""
+    forward = _forward_of(model, batch, precision)
+    with torch.no_grad(), tf32_setting(precision), record(arch) as launches, override(forms or (lambda *_: None)):
+        forward()
+    return launches
+
+
+def _forward_of(model: nn.Module, batch: int, precision: str) -> Callable[[], Tensor]:
+    fast = swinfast.optimize(model, dtype=PRECISIONS[precision], backend="triton")
+    images = torch.empty(batch, 3, *model.img_size, device="meta", dtype=PRECISIONS[precision])
+    return lambda: fast(images)
 
 
 def inputs_of(case: Case, device: torch.device, seed: int = 0) -> Arguments:

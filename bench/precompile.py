@@ -25,16 +25,18 @@ from swinfast.kernels.shapes import PRECISIONS
 from tqdm import tqdm
 
 from bench.candidates import candidates
-from bench.cases import launch_of
-from bench.kernels import COMPOSITIONS, KERNELS, find_cases
+from bench.cases import first_launches, launch_of, model_named
+from bench.kernels import COMPOSITIONS, KERNELS
 from bench.targets import find_targets
 
 
 def launches(options: argparse.Namespace) -> Iterator[tuple[Launch, str]]:
-    """What the forwards launch, and the candidates for it that bench.tune would try; each with its precision."""
+    """What first forwards launch, and the candidates for it that bench.tune would try; each with its precision."""
     for batch in options.batch_sizes:
-        for _, case in find_cases(options.models, batch, options.dtypes, options.arch, KERNELS, options.forms):
-            yield case.launch, case.precision
+        for name, precision, form in itertools.product(options.models, options.dtypes, options.forms):
+            choice = COMPOSITIONS[form]
+            for launched in first_launches(model_named(name), batch, precision, options.arch, choice):
+                yield launched, precision
         if options.candidates:
             yield from _tried(options, batch)
 

@@ -66,6 +66,7 @@ def test_precompile(tmp_path):
     count, names, _ = precompiled(tmp_path)
     assert count == len(list(tmp_path.glob("*/*.cubin"))) > 5
     assert "_attention_parts_kernel" in names and "_mlp_block_kernel" not in names
+    assert {"_offsets_kernel", "_table_kernel"} <= names  # the position biases of a first forward
     more, names, _ = precompiled(tmp_path, "--forms", "tables", "fused", "--candidates", "1")
     assert more > count and "_mlp_block_kernel" in names
     assert more == len(list(tmp_path.glob("*/*.cubin")))  # what was there is found again
