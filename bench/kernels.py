@@ -234,7 +234,11 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[[torch.device], T
     about = provenance(device, "measured" if gpu else "interpreter")
     written = RESULTS / f"kernels_{slug(about['device'])}.csv" if gpu and not options.check_only else None
     output = options.output or written
-    cases = find_cases(models, batch, options.dtypes, arch, options.kernels, options.forms)
+    cases = find_cases(models, batch, options.dtypes, arch, options.kernels or KERNELS, options.forms)
+    found = {case.operation for _, case in cases}
+    if missing := [name for name in options.kernels or () if name not in found]:
+        print(f"no case of {', '.join(missing)} in {', '.join(models)} at batch {batch}: add --forms")
+        return 1
     with compilers(device) as pool:
         left = deadline - time.monotonic()
         compile_all([case for _, case in cases], arch, pool, max(0.0, min(COMPILE_WAIT, left / 2)))
@@ -266,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", nargs="+", metavar="NAME", help="default: swinv2_cr_tiny_ns_224 (small without GPU)")
     parser.add_argument("--batch", type=int, help="images of the forward (default: 256; 2 without a GPU)")
     parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=["float16"])
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, help="default: all that a forward launches")
     parser.add_argument(
         "--forms", nargs="+", choices=COMPOSITIONS, default=["tables"], help="compositions of a block (default: tables)"
     )

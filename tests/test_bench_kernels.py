@@ -257,6 +257,12 @@ def test_nothing_is_written_without_a_gpu(bench, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_kernel_that_no_forward_launches_is_named(bench, capsys):
+    assert bench("--kernels", "patch_embed", "mlp_block")[0] == 1
+    assert "no case of mlp_block in small at batch 2: add --forms" in capsys.readouterr().out
+    assert bench("--kernels", "mlp_block", "--forms", "fused", "--check-only")[0] == 0
+
+
 def test_check_only(bench, capsys):
     def timer(function, rep=0):
         raise AssertionError("timed")
