@@ -53,7 +53,7 @@ from bench.peaks import Peaks, Timer, launches_of, measure_peaks, rows_of, timer
 from bench.roofline import bytes_of, flops_of
 from bench.tables import slug
 from swinfast.errors import in_a_line
-from swinfast.measurements import append, provenance
+from swinfast.measurements import append, check_header, provenance
 from swinfast.pipeline import resolve_device
 
 KERNELS = (
@@ -234,6 +234,8 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[[torch.device], T
     about = provenance(device, "measured" if gpu else "interpreter")
     written = RESULTS / f"kernels_{slug(about['device'])}.csv" if gpu and not options.check_only else None
     output = options.output or written
+    if output:
+        check_header(output, COLUMNS)
     cases = find_cases(models, batch, options.dtypes, arch, options.kernels or KERNELS, options.forms)
     found = {case.operation for _, case in cases}
     if missing := [name for name in options.kernels or () if name not in found]:

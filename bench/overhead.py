@@ -24,7 +24,7 @@ from torch import Tensor
 import swinfast
 from bench import RESULTS
 from bench.cases import Case, call_arguments, cases_of, inputs_of, model_named, operation, tf32_setting
-from swinfast.measurements import append, provenance
+from swinfast.measurements import append, check_header, provenance
 from swinfast.pipeline import resolve_device
 
 COLUMNS = (
@@ -101,6 +101,7 @@ def by_operation(rows: Sequence[dict]) -> list[tuple[str, int, float, float]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
+    check_header(options.output, COLUMNS)
     device = resolve_device(options.device)
     gpu = device.type == "cuda"
     cases = cases_of(model_named(options.model), 1, options.dtype, arch_of(device))
@@ -111,8 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(whole_forward(options.model, options.dtype, device))
     about = provenance(device, "measured" if gpu else WITHOUT_LAUNCH)
     about |= {"model": options.model, "dtype": options.dtype}
-    if options.output:
-        append(options.output, *(row | about for row in rows), columns=COLUMNS)
+    append(options.output, *(row | about for row in rows), columns=COLUMNS)
     print(tabulate(launches, headers=("operation", "launches", "µs each", "µs a forward"), floatfmt=".2f"))
     count, total = sum(line[1] for line in launches), sum(line[-1] for line in launches)
     print(f"{count} launches, {total / count:.2f} µs each, {total:.0f} µs a forward on the host ({about['source']})")

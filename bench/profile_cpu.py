@@ -6,6 +6,7 @@ Appends rows to a csv under bench/results and prints them as a table.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from bench import RESULTS
 from bench.peers import import_timm
 from bench.peers_cpu import PRODUCTS, products
 from swinfast.benchmark import compare, randomise
-from swinfast.measurements import DTYPES, append, provenance
+from swinfast.measurements import DTYPES, append, check_header, provenance
 
 COLUMNS = (
     "model",
@@ -83,8 +84,9 @@ def row(part: str, seconds: float, share: float) -> dict:
     return {"part": part, "ms_per_image": round(1e3 * seconds, 3), "share": round(share, 4)}
 
 
-def main() -> None:
-    options = _parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(argv)
+    check_header(options.output, COLUMNS)
     plain = randomise(import_timm().create_model(options.model)).eval()
     about = provenance(torch.device("cpu"), "measured")
     shared = {"model": options.model, "rounds": options.rounds} | {n: about[n] for n in COLUMNS if n in about}

@@ -25,7 +25,7 @@ from bench.cases import tf32_setting
 from bench.in_forward import Forward
 from bench.peaks import timer_of
 from bench.tables import slug
-from swinfast.measurements import append, provenance
+from swinfast.measurements import append, check_header, provenance
 from swinfast.pipeline import resolve_device
 
 COLUMNS = ("model", "batch", "dtype", "overlapped", "place", "kernel", "start_us", "time_us", "gap_us")
@@ -97,12 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = resolve_device("auto")
     if device.type != "cuda":
         _parser().error("this needs a GPU; bench.profile_cpu says where the time goes on a CPU")
+    about = provenance(device, "measured")
+    output = options.output or RESULTS / f"profile_{slug(about['device'])}.csv"
+    check_header(output, COLUMNS + PROVENANCE)
     forward = Forward(options.model, options.batch, options.dtype, device)
     launch = forward.launches(overlapped(arch_of(device), options.dtype) if options.overlapped else lambda *_: None)
     rows = list(rows_of(timeline(launch)))
-    about = provenance(device, "measured")
     what = {"model": options.model, "batch": options.batch, "dtype": options.dtype, "overlapped": options.overlapped}
-    output = options.output or RESULTS / f"profile_{slug(about['device'])}.csv"
     append(output, *(what | row | about for row in rows), columns=COLUMNS + PROVENANCE)
     print(tabulate(rows, headers="keys"))
     for part, microseconds in summary(rows).items():

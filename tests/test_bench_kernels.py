@@ -263,6 +263,14 @@ def test_a_kernel_that_no_forward_launches_is_named(bench, capsys):
     assert bench("--kernels", "mlp_block", "--forms", "fused", "--check-only")[0] == 0
 
 
+@pytest.mark.parametrize("script", [kernels, overhead])
+def test_a_file_that_does_not_fit_is_refused_before_anything_is_measured(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "append", lambda *args, **options: pytest.fail("measured"))
+    (tmp_path / "out.csv").write_text("a,b\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"out\.csv is no table to add to"):
+        script.main(["--model", "small", "--output", str(tmp_path / "out.csv")])
+
+
 def test_check_only(bench, capsys):
     def timer(function, rep=0):
         raise AssertionError("timed")

@@ -87,6 +87,17 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_measured(bench, 
         bench()
 
 
+@pytest.mark.parametrize("script", [profile_cpu, profile_gpu])
+def test_profiles_refuse_such_a_file_too(tmp_path, monkeypatch, script):
+    monkeypatch.setattr(profile_gpu, "resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(profile_gpu, "provenance", lambda *args: {"device": "a card"})
+    monkeypatch.setattr(profile_gpu, "Forward", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(profile_cpu, "measure", lambda *args: pytest.fail("measured"))
+    (tmp_path / "rows.csv").write_text("a,b\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows\.csv is no table to add to"):
+        script.main(["--output", str(tmp_path / "rows.csv")])
+
+
 @pytest.mark.parametrize("wrong", ["0", "-1", "x"])
 def test_batch_sizes_are_positive(bench, wrong):
     with pytest.raises(SystemExit) as stop:
