@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw_models(rows: Sequence[Row], folder: Path, prefix: str) -> list[Path]:
-    """Both pictures of the main model for each device."""
-    runs = [run for run in latest_runs(rows) if run.model == MAIN_MODEL]
+    """Both pictures of the main model for each device, of the last run of each dtype and batch size."""
+    runs = {run[:4]: run for run in latest_runs(rows) if run.model == MAIN_MODEL}.values()
     files = []
     for device in dict.fromkeys(run.device for run in runs):
         shown = [row for run in runs if run.device == device for label, row in run.rows.items() if label != FLOOR]

@@ -50,7 +50,10 @@ def read(pattern: str) -> list[Row]:
 
 
 def latest_runs(rows: Iterable[Row]) -> list[Run]:
-    """The last run of each model, dtype, batch size and device, sorted. Rows of one run follow each other in a file."""
+    """The last run of each model, dtype, batch size and device, and before it those with engines that no later one has.
+
+    Sorted. Rows of one run follow each other in a file.
+    """
     runs: list[Run] = []
     last = None
     for row in rows:
@@ -61,8 +64,11 @@ def latest_runs(rows: Iterable[Row]) -> list[Run]:
         runs[-1].rows[label] = row
         last = key
     seen = list(dict.fromkeys(word for run in runs for word in (run.device, run.model, run.dtype)))
-    last_ones = {run[:4]: run for run in runs}.values()
-    return sorted(last_ones, key=lambda run: (*map(seen.index, (run.device, run.model, run.dtype)), run.batch))
+    shown: list[Run] = []
+    for run in reversed(runs):
+        if not any(run[:4] == later[:4] and run.rows.keys() <= later.rows.keys() for later in shown):
+            shown.insert(0, run)
+    return sorted(shown, key=lambda run: (*map(seen.index, (run.device, run.model, run.dtype)), run.batch))
 
 
 def slug(text: str) -> str:
@@ -186,9 +192,12 @@ def _caption(runs: Sequence[Run], command: str) -> str:
     if row["driver"]:
         versions += f", Triton {row['triton']}, driver {row['driver']}"
     models = ", ".join(f"`{model}`" for model in dict.fromkeys(run.model for run in runs))
+    earlier = ""
+    if len({run[:4] for run in runs}) < len(runs):
+        earlier = " Where lines have dtype and batch in common, those before the last are earlier runs of more engines."
     return (
         f"Images/s of {models} on {run.device}, {versions}: medians of one interleaved run a line "
-        f"(`python -m {command}`). Error: relative RMS against the same model in float64."
+        f"(`python -m {command}`).{earlier} Error: relative RMS against the same model in float64."
     )
 
 

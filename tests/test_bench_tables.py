@@ -41,17 +41,29 @@ def test_documents_show_the_result_files():
 
 def test_the_last_run_counts_and_runs_do_not_mix():
     rows = [row("timm eager", 1), row("swinfast", 9), row("timm compiled", 7), row("swinfast", 5), row("timm eager", 2)]
-    (run,) = latest_runs(rows)
+    first, run = latest_runs(rows)
+    assert list(first.rows) == ["timm eager", "swinfast", "timm compiled"]
     assert list(run.rows) == ["swinfast", "timm eager"]
+    assert line_of(tables.speeds([first], "bench.models"), "float32")[-3:-1] == ["9.00×", "1.29×"]
     assert line_of(tables.speeds([run], "bench.models"), "float32")[-3:-1] == ["2.50×", "–"]
+
+
+def test_a_run_is_hidden_by_a_later_one_with_all_of_its_engines():
+    fewer = [row("timm eager", 1, date="1"), row("swinfast", 9, date="1")]
+    more = [row("timm eager", 2, date="2"), row("swinfast", 8, date="2"), row("timm compiled", 7, date="2")]
+    again = [one | {"date": "3"} for one in fewer]
+    for rows, expected in ((fewer + more, ["2"]), (more + again, ["2", "3"])):
+        runs = latest_runs(rows)
+        assert [run.rows["swinfast"]["date"] for run in runs] == expected
+        said = "those before the last are earlier runs" in tables.speeds(runs, "bench.models")
+        assert said == (len(expected) == 2)
 
 
 @pytest.mark.parametrize("cell", ["dtype", "infer_batch_size", "device", "commit", "date"])
 def test_what_differs_is_another_run(cell):
     rows = [row("timm eager", 1), row("swinfast", 9, **{cell: "16"})]
     runs = latest_runs(rows)
-    assert all(len(run.rows) == 1 for run in runs)
-    assert len(runs) == (1 if cell in ("commit", "date") else 2)
+    assert [len(run.rows) for run in runs] == [1, 1]
 
 
 def test_runs_are_sorted():
@@ -159,6 +171,15 @@ def test_lines_are_speeds(drawn, tmp_path):
     assert (list(ours.get_xdata()), list(ours.get_ydata())) == ([1, 8], [3, 10])
     assert (ours.get_label(), eager.get_label()) == ("swinfast", "timm eager")
     assert ours.get_color() != eager.get_color() and ours.get_marker() != eager.get_marker()
+
+
+def test_pictures_show_no_engine_of_an_earlier_run(drawn, tmp_path):
+    """Its speed would stand beside speeds of others' runs."""
+    earlier = [row(engine, 4, date="1") for engine in ("swinfast", "timm eager", "timm compiled")]
+    plot.draw_models([*earlier, row(speed=10, date="2"), row("timm eager", 5, date="2")], tmp_path, "")
+    (panel,), (bars,) = drawn
+    assert [line.get_label() for line in panel.get_lines()] == ["swinfast", "timm eager"]
+    assert [bar.get_height() for bar in bars.patches] == [2.0]
 
 
 def kernel(name="linear", rate="100", intensity="50", dtype="float16", shape="a") -> dict[str, str]:
