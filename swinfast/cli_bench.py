@@ -96,7 +96,7 @@ def _bench(options: argparse.Namespace) -> int:
     device = resolve_device(options.device)
     _check_files(options)
     plain = _model(options, device)
-    engines = [swinfast_engine(), *(AGAINST[key]() for key in dict.fromkeys(options.against))]
+    engines = [swinfast_engine(), *(AGAINST[key]() for key in options.against)]
     dtypes, sizes = (GPU_DTYPES, GPU_SIZES) if device.type == "cuda" else (CPU_DTYPES, CPU_SIZES)
     runs = [(dtype, batch) for dtype in options.dtypes or dtypes for batch in options.batch_sizes or sizes]
     print(f"{options.model} on {describe_device(device)}, PyTorch {torch.__version__}")
@@ -241,8 +241,8 @@ def _check_files(options: argparse.Namespace) -> None:
 
 
 def _list_of(convert: Callable[[str], Any]) -> Callable[[str], list]:
-    """An argparse type for values between commas."""
-    return lambda text: [convert(part.strip()) for part in text.split(",")]
+    """An argparse type for values between commas, each once."""
+    return lambda text: list(dict.fromkeys(convert(part.strip()) for part in text.split(",")))
 
 
 def _one_of(choices: dict[str, Any]) -> Callable[[str], str]:

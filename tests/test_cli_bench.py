@@ -56,6 +56,12 @@ def test_table(bench, capsys):
     assert "random weights" not in err
 
 
+def test_what_is_said_twice_is_measured_once(bench, capsys):
+    assert bench("--batch-sizes", "1,2,1", "--dtypes", "float32,float32", "--against", "eager,eager") == 0
+    cells = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if line.startswith("float32")]
+    assert cells == [["float32", batch, engine] for batch in "12" for engine in ("swinfast", "plain")]
+
+
 def test_speed_up_is_a_ratio_of_one_run():
     row = {"engine": "swinfast", "dtype": "float32", "infer_batch_size": 1, "rel_error": "1e-06"}
     row |= {"infer_samples_per_sec": 500.0, "infer_step_time": 2.0, "infer_step_time_p95": 2.5, "peak_memory": 12.5}
