@@ -132,7 +132,8 @@ def overhead(rows: Sequence[Row]) -> str:
         sums[row["operation"]] = calls + int(row["calls"]), us + float(row["forward_us"])
     lines = []
     for (model, dtype), sums in forwards.items():
-        total = tuple(map(sum, zip(*sums.values(), strict=True)))
+        launches = [one for operation, one in sums.items() if operation != "forward"]  # a GPU's has all of them in it
+        total = tuple(map(sum, zip(*launches, strict=True)))
         for operation, (calls, us) in [*sums.items(), ("all", total)]:
             lines.append((f"`{model}`", dtype, operation, calls, f"{us / calls:.1f}", f"{us:.0f}"))
     headers = ("model", "dtype", "operation", "launches", "µs each", "µs a forward")

@@ -241,13 +241,15 @@ def test_host_overhead_by_operation():
             ("one", "x", "1", "10"),
             ("one", "y", "3", "50"),
             ("b", "x", "2", "12.4"),
+            ("forward", "", "1", "400"),
         )
     ]
     rows = [rows[0] | {"commit": "old", "operation": "gone"}, *(row | {"commit": "new"} for row in rows)]
     table = tables.overhead(rows)
     assert "gone" not in table
     assert line_of(table, "one") == ["`m`", "float16", "one", "4", "15.0", "60"]  # of a repeated one the last
-    assert line_of(table, "all") == ["`m`", "float16", "all", "6", "12.1", "72"]
+    assert line_of(table, "`m`", "forward")[3:] == ["1", "400.0", "400"]
+    assert line_of(table, "all") == ["`m`", "float16", "all", "6", "12.1", "72"]  # of the launches
 
 
 def test_shares_of_a_forward():
