@@ -114,6 +114,7 @@ def run(task: Task, plain: torch.nn.Module, device: torch.device, rounds: int, o
         yield (
             f"{name}, {row['infer_samples_per_sec']} images/s, {row['infer_step_time']} ms (p95 "
             f"{row['infer_step_time_p95']}), error {row['rel_error']}, top-1 {row['top1_agreement']:.1%}{memory}"
+            f"{row['source'].removeprefix('measured')}"
         )
     for name, reason in comparison.left_out.items():
         yield f"{name}: left out: {reason}"

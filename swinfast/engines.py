@@ -1,7 +1,8 @@
 """What can run a model, measured side by side: first the answers, then the speed.
 
 An engine is timed only where its answers are right. swinfast must pass ``swinfast.verify``; the others must be near the
-plain model in float64, and their error stands beside their speed. One that fails is left out, and the reason is told.
+plain model in float64, and their error stands beside their speed. One that fails is left out, and the reason is told;
+so is swinfast where Triton failed at a module, since what PyTorch computes in its place is not what is to be measured.
 """
 
 import copy
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .benchmark import PeakMemory, Timing, compare, copies_beyond_cache, rotating
 from .errors import in_a_line
+from .fused import Fused, Settings
 from .optimize import optimize
 from .verify import ABSOLUTE, FACTOR, tf32_as_in_products, verify
 
@@ -67,6 +69,7 @@ class Measurement:
         agreement: Share of images with the same largest output as there, None where outputs are no [B, classes].
         peak_memory: Bytes that a forward takes, weights included; None where it can't be told: on a CPU, and for
             engines that share a pool with one before them.
+        graph_failure: Why swinfast has no CUDA graph of something, where capturing one failed.
     """
 
     engine: str
@@ -76,6 +79,7 @@ class Measurement:
     error: float
     agreement: float | None
     peak_memory: int | None
+    graph_failure: str | None = None
 
 
 @dataclass
@@ -186,7 +190,9 @@ class Ready(NamedTuple):
 
     def measurement(self, timing: Timing) -> Measurement:
         engine = self.engine
-        return Measurement(engine.name, engine.model, self.plain, timing, self.error, self.agreement, self.peak_memory)
+        failures = (one.plan.graphs.failure for one in _settings(self.call) if one.plan is not None)
+        answers = self.error, self.agreement, self.peak_memory, next(filter(None, failures), None)
+        return Measurement(engine.name, engine.model, self.plain, timing, *answers)
 
 
 def prepared(engine: Engine, plain: nn.Module, dtype: torch.dtype, checked: Sequence[Tensor], oracle: Tensor) -> Ready:
@@ -194,7 +200,7 @@ def prepared(engine: Engine, plain: nn.Module, dtype: torch.dtype, checked: Sequ
 
     Raises:
         WrongAnswer: It is to be verified, and wrong.
-        ValueError: It is too far off.
+        ValueError: It is too far off, or Triton failed at a module of it.
     """
     bar = _verified_bar(engine, plain, dtype, checked) if engine.verified else FAR_OFF[dtype]
     device = oracle.device
@@ -214,7 +220,16 @@ def prepared(engine: Engine, plain: nn.Module, dtype: torch.dtype, checked: Sequ
         for _ in range(SETTLE if device.type == "cuda" else 0):
             call(checked[0])
         peak = memory.of(lambda: call(checked[0]))
+    failure = next((one.failure for one in _settings(call) if one.failure is not None), None)
+    if failure is not None:
+        raise ValueError(f"Triton failed at a module, so it would be another backend's speed: {failure}")
     return Ready(call, engine, plain, error, agreement, peak)
+
+
+def _settings(call: Forward) -> list[Settings]:
+    """Of all modules that swinfast replaced."""
+    modules = call.modules() if isinstance(call, nn.Module) else ()
+    return [module._swinfast for module in modules if isinstance(module, Fused)]
 
 
 def _verified_bar(engine: Engine, plain: nn.Module, dtype: torch.dtype, checked: Sequence[Tensor]) -> float:

@@ -48,6 +48,8 @@ def rows_of(
             row["top1_agreement"] = round(one.agreement, 4)
         if one.peak_memory is not None:
             row["peak_memory"] = round(one.peak_memory / 1e6, 1)
+        if one.graph_failure is not None:
+            row["source"] += f", without a CUDA graph, since capturing one failed: {one.graph_failure}"
         rows.append(row)
     return rows
 

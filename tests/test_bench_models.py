@@ -1,6 +1,7 @@
 """The script that measures whole models: what it runs, in which order, and what it says."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import swinfast
 from bench import OUT_OF_TIME, models, peers, profile_cpu, profile_gpu
 from bench.models import tasks_in_order
 from bench.peers import engines_named, sdpa_form
-from swinfast.engines import Engine, WrongAnswer
+from swinfast.engines import Comparison, Engine, WrongAnswer
 
 CPU = torch.device("cpu")
 
@@ -72,6 +73,18 @@ def test_an_engine_that_fails_is_named(bench, capsys, monkeypatch, broken, statu
     arguments = ("--batch-sizes", "1", "--dtypes", "float32", "--engines", "swinfast", "eager")
     assert bench(*arguments)[0] == status
     assert f"batch 1, {broken}: left out: RuntimeError: no luck" in capsys.readouterr().out
+
+
+def test_a_graph_that_failed_is_said(bench, capsys, monkeypatch):
+    measure = models.measure
+
+    def without_graph(*args):
+        comparison = measure(*args)
+        return Comparison([replace(one, graph_failure="no room") for one in comparison.measured])
+
+    monkeypatch.setattr(models, "measure", without_graph)
+    assert bench("--batch-sizes", "1", "--dtypes", "float32", "--engines", "swinfast")[0] == 0
+    assert "%, without a CUDA graph, since capturing one failed: no room" in capsys.readouterr().out
 
 
 def test_out_of_time(bench, capsys):

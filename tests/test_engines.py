@@ -8,7 +8,7 @@ import torch
 from helpers import relative_rms, small_model_args
 
 import swinfast
-from swinfast import engines
+from swinfast import backends, engines, triton_backend
 from swinfast.benchmark import PeakMemory, randomise
 from swinfast.engines import Engine, WrongAnswer, compiled_engine, eager_engine, measure, swinfast_engine
 
@@ -95,6 +95,28 @@ def test_a_wrong_swinfast_is_an_error(plain):
 
     with pytest.raises(WrongAnswer, match="swinfast in float32 is wrong, so its speed means nothing: FAILED"):
         run(plain, eager_engine("plain"), Engine("swinfast", build, verified=True))
+
+
+@pytest.mark.filterwarnings("ignore:Triton failed:UserWarning")
+def test_pytorch_in_place_of_triton_is_not_measured_as_swinfast(plain, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no C compiler\nfound")
+
+    monkeypatch.setattr(backends, "PREFER_TRITON", ("cpu", "cuda"))
+    for function in ("stage", "patch_embed"):
+        monkeypatch.setattr(triton_backend, function, fail)
+    comparison = run(plain, swinfast_engine(), eager_engine("plain"))
+    assert [one.engine for one in comparison.measured] == ["plain eager"]
+    said = "Triton failed at a module, so it would be another backend's speed: RuntimeError: no C compiler"
+    assert comparison.left_out == {"swinfast": said}
+
+
+@pytest.mark.filterwarnings("ignore:no CUDA graph:UserWarning")
+@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("no room")])
+def test_a_graph_that_failed_is_told(plain, captures, error):
+    captures.error = error
+    ours, eager = run(plain, swinfast_engine(), eager_engine("plain")).measured
+    assert ours.graph_failure == (error and "OutOfMemoryError: no room") and eager.graph_failure is None
 
 
 def test_swinfast_is_checked_at_the_batch_size_that_is_timed(plain):

@@ -1,6 +1,7 @@
 """What is written of a measurement: counts, columns, files that are only added to."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,8 @@ def test_a_row(plain):
     assert row["infer_gmacs"] == round(counts(plain, (3, 64, 32)).gmacs, 2)
     assert (second["model"], second["infer_samples_per_sec"]) == ("other", 4000.0)
     assert not {"top1_agreement", "peak_memory"} & set(second)
+    (row,) = rows_of(Comparison([replace(one, graph_failure="no room")]), "name", torch.bfloat16, 4, CPU, rounds=3)
+    assert row["source"] == "measured, without a CUDA graph, since capturing one failed: no room"
 
 
 def test_rows_are_added_to_a_file(tmp_path, plain):
