@@ -59,7 +59,8 @@ def latest_runs(rows: Iterable[Row]) -> list[Run]:
     for row in rows:
         key = tuple(row[name] for name in ("dtype", "infer_batch_size", "device", "commit", "date"))
         label = label_of(row)
-        if key != last or label in runs[-1].rows:
+        other_model = key == last and not _is_vit(label) and row["model"] != runs[-1].model
+        if key != last or label in runs[-1].rows or other_model:
             runs.append(Run(row["model"], row["dtype"], int(row["infer_batch_size"]), row["device"], {}))
         runs[-1].rows[label] = row
         last = key
@@ -183,7 +184,12 @@ def ratio(speed: float | None, other: float | None) -> str:
 
 def _aside(label: str) -> bool:
     """swinfast itself, and what runs another model or none."""
-    return label in (OURS, FLOOR) or label.startswith("ViT")
+    return label in (OURS, FLOOR) or _is_vit(label)
+
+
+def _is_vit(label: str) -> bool:
+    """Whether it is the other model that takes turns with one of ours."""
+    return label.startswith("ViT")
 
 
 def _caption(runs: Sequence[Run], command: str) -> str:

@@ -66,6 +66,16 @@ def test_what_differs_is_another_run(cell):
     assert [len(run.rows) for run in runs] == [1, 1]
 
 
+def test_another_model_is_another_run():
+    """But for the ViT, which takes turns with one of ours."""
+    vit = row("timm compiled", 40, model="vit_small_patch16_224")
+    runs = latest_runs([row("timm eager", 1), vit, row("swinfast", 9, model="other")])
+    assert [(run.model, list(run.rows)) for run in runs] == [
+        (MAIN_MODEL, ["timm eager", "ViT-S/16, compiled"]),
+        ("other", ["swinfast"]),
+    ]
+
+
 def test_runs_are_sorted():
     rows = [row(batch=256), row(batch=1), row(batch=32, dtype="float16"), row(batch=8)]
     assert [(run.dtype, run.batch) for run in latest_runs(rows)] == [
