@@ -183,6 +183,7 @@ def test_interrupted(bench, capsys, monkeypatch, tmp_path):
     [
         (["--batch-sizes", "0"], "whole numbers of at least 1, got '0'"),
         (["--batch-sizes", "1,,2"], "whole numbers of at least 1, got ''"),
+        (["--batch-sizes", "²"], "whole numbers of at least 1, got '²'"),
         (["--dtypes", "float8"], "must be of float32, bfloat16, float16, got 'float8'"),
         (["--against", "eager,tensorrt"], "must be of eager, compile, max-autotune, got 'tensorrt'"),
         (["--rounds", "-1"], "at least 1"),
