@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from bench import OUT_OF_TIME, RESULTS
 from bench.peers import ENGINES, engines_named, import_timm
 from swinfast.arguments import positive
 from swinfast.benchmark import describe_device, randomise
-from swinfast.engines import WrongAnswer, measure
+from swinfast.engines import Engine, WrongAnswer, measure
 from swinfast.measurements import DTYPES, append, check_header, commit_of_this, rows_of
 from swinfast.pipeline import resolve_device
 from swinfast.torch_linear import has_native_bfloat16
@@ -93,15 +94,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if model is None or model[0] != task.model:
             model = None  # before the next is made
             model = task.model, randomise(import_timm().create_model(task.model)).eval().to(device)
-        for line in run(task, model[1], device, options.rounds, options.output):
+        engines = engines_named(task.engines, task.model, device)
+        for line in run(task, engines, model[1], device, options.rounds, options.output):
             status |= line.startswith("swinfast: ")
             print(f"{task.model} {task.dtype} batch {task.batch}, {line}", flush=True)
     return status
 
 
-def run(task: Task, plain: torch.nn.Module, device: torch.device, rounds: int, output: Path) -> Iterator[str]:
+def run(
+    task: Task, engines: Sequence[Engine], plain: nn.Module, device: torch.device, rounds: int, output: Path
+) -> Iterator[str]:
     """Measure and write one task; a line for each engine, "NAME: …" for one that is left out."""
-    dtype, engines = DTYPES[task.dtype], engines_named(task.engines, task.model, device)
+    dtype = DTYPES[task.dtype]
     try:
         comparison = measure(plain, engines, dtype, task.batch, device, rounds)
     except WrongAnswer as error:
@@ -110,11 +114,11 @@ def run(task: Task, plain: torch.nn.Module, device: torch.device, rounds: int, o
     for row in rows_of(comparison, task.model, dtype, task.batch, device, rounds):
         append(output, row)
         name = row["engine"] if row["model"] == task.model else f"{row['model']} {row['engine']}"
+        answers = f", error {row['rel_error']}, top-1 {row['top1_agreement']:.1%}" if "rel_error" in row else ""
         memory = f", {row['peak_memory']} MB" if "peak_memory" in row else ""
         yield (
             f"{name}, {row['infer_samples_per_sec']} images/s, {row['infer_step_time']} ms (p95 "
-            f"{row['infer_step_time_p95']}), error {row['rel_error']}, top-1 {row['top1_agreement']:.1%}{memory}"
-            f"{row['source'].removeprefix('measured')}"
+            f"{row['infer_step_time_p95']}){answers}{memory}{row['source'].removeprefix('measured')}"
         )
     for name, reason in comparison.left_out.items():
         yield f"{name}: left out: {reason}"

@@ -44,6 +44,7 @@ class Engine(NamedTuple):
     verified: Held to swinfast.verify, and an error where it fails.
     model, plain: Name and plain model of an engine that runs another model than its neighbours.
     shares_pool: Keeps its memory in the pool of torch.compile's CUDA graphs, where it can't be told from others'.
+    answers: False for what only bounds the engines that it takes turns with: there is nothing to check.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Engine(NamedTuple):
     model: str | None = None
     plain: nn.Module | None = None
     shares_pool: bool = False
+    answers: bool = True
 
     @property
     def label(self) -> str:
@@ -65,7 +67,8 @@ class Measurement:
 
     Attributes:
         model, plain: As in Engine; plain is set in any case.
-        error: Relative RMS error of its outputs against the plain model in float64, weights rounded to the dtype.
+        error: Relative RMS error of its outputs against the plain model in float64, weights rounded to the dtype; None
+            where it has no answers.
         agreement: Share of images with the same largest output as there, None where outputs are no [B, classes].
         peak_memory: Bytes that a forward takes, weights included; None where it can't be told: on a CPU, and for
             engines that share a pool with one before them.
@@ -76,7 +79,7 @@ class Measurement:
     model: str | None
     plain: nn.Module
     timing: Timing
-    error: float
+    error: float | None
     agreement: float | None
     peak_memory: int | None
     graph_failure: str | None = None
@@ -184,7 +187,7 @@ class Ready(NamedTuple):
     call: Forward
     engine: Engine
     plain: nn.Module
-    error: float
+    error: float | None
     agreement: float | None
     peak_memory: int | None
 
@@ -206,6 +209,8 @@ def prepared(engine: Engine, plain: nn.Module, dtype: torch.dtype, checked: Sequ
     device = oracle.device
     memory = PeakMemory(device)
     call = engine.build(plain, dtype)
+    if not engine.answers:
+        return Ready(call, engine, plain, None, None, None)
     with torch.inference_mode():
         # graphs give out the same memory again and again: .double() copies
         output = torch.cat([call(images).double() for images in checked])

@@ -43,7 +43,9 @@ def rows_of(
     rows, now = [], datetime.now().isoformat(timespec="seconds")
     for one in comparison.measured:
         row = row_of(one.plain, one.model or name, dtype, batch, device, one.timing)
-        row |= {"engine": one.engine, "rel_error": f"{one.error:.2e}", "rounds": rounds, "date": now}
+        row |= {"engine": one.engine, "rounds": rounds, "date": now}
+        if one.error is not None:
+            row["rel_error"] = f"{one.error:.2e}"
         if one.agreement is not None:
             row["top1_agreement"] = round(one.agreement, 4)
         if one.peak_memory is not None:

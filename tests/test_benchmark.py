@@ -1,6 +1,8 @@
 """Timing takes turns, and what is shown of results is what was measured."""
 
 import copy
+import csv
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,6 @@ import torch
 from helpers import small_model_args
 from torch.utils.flop_counter import FlopCounterMode
 
-import swinfast
 from bench import peers_cpu
 from swinfast.benchmark import Timing, cache_size, compare, copies_beyond_cache, randomise, rotating
 
@@ -44,20 +45,67 @@ def test_copies_are_larger_than_the_cache():
     assert copies_beyond_cache(100 * size, device) == 2
 
 
-def test_peers_on_a_cpu(timm, monkeypatch, tmp_path):
-    """Every engine's error stands beside its speed; the products alone are those of the model."""
-    model = randomise(timm.create_model("swinv2_cr_tiny_224", **small_model_args())).eval()
-    engines = {"timm eager": model, "swinfast": swinfast.optimize(model), "wrong": lambda x: model(x) + 1}
-    monkeypatch.setattr(peers_cpu, "engines_for", lambda *_: engines)
-    images = torch.randn(8, 3, *model.img_size)
-    oracle = copy.deepcopy(model).double()(images.double()).detach()
-    options = peers_cpu._parser().parse_args(["--rounds", "3"])
-    measured = peers_cpu.measure(model, "small", torch.float32, 2, images, oracle, tmp_path, options)
-    rows = {row["engine"]: row for row in measured}
-    assert {row["rounds"] for row in measured} == {3}
-    assert float(rows["swinfast"]["rel_error"]) < 1e-5 < 0.1 < float(rows["wrong"]["rel_error"])
-    assert rows["swinfast"]["top1_agreement"] == 1
-    assert "rel_error" not in rows[peers_cpu.PRODUCTS]
+@pytest.fixture
+def peers(timm, monkeypatch, tmp_path):
+    """Runs the script on a small model, with peers that stand in for others; gives its status and the rows."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name: create("swinv2_cr_tiny_224", **small_model_args()))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: None)
+
+    def run(*options: str, openvino=None, onnxruntime=None) -> tuple[int, list[dict[str, str]]]:
+        monkeypatch.setattr(peers_cpu, "_openvino", openvino)
+        monkeypatch.setattr(peers_cpu, "_onnxruntime", onnxruntime)
+        output = tmp_path / "rows.csv"
+        status = peers_cpu.main(["--batch-sizes", "2", "--rounds", "1", "--output", str(output), *options])
+        with output.open(newline="", encoding="utf-8") as stream:
+            return status, list(csv.DictReader(stream))
+
+    return run
+
+
+def test_peers_on_a_cpu(peers, capsys):
+    """Errors stand beside speeds; a peer that fails or is wrong is named, and the floor has no answers."""
+
+    def breaks(file, dtype):
+        raise OSError("no such file")
+
+    def wrong(file, dtype):
+        return lambda images: torch.full((len(images), 10), torch.nan)
+
+    engines = [name for name in peers_cpu.ENGINES if name != peers_cpu.COMPILED]
+    status, rows = peers("--dtypes", "float32", "--engines", *engines, openvino=breaks, onnxruntime=wrong)
+    assert status == 0
+    assert [row["engine"] for row in rows] == ["timm eager", "swinfast", peers_cpu.PRODUCTS]
+    assert all(float(row["infer_samples_per_sec"]) > 0 and row["rounds"] == "1" for row in rows)
+    assert [bool(row["rel_error"]) for row in rows] == [True, True, False]
+    assert len({row["date"] for row in rows}) == 1 and len(rows[0]["date"]) == len("2026-01-31T12:00:00")
+    said = capsys.readouterr().out
+    assert "batch 2, OpenVINO: left out: OSError: no such file" in said
+    assert "batch 2, ONNX Runtime: left out: relative RMS error nan at batch 2" in said
+
+
+def test_peers_are_judged_by_weights_of_their_dtype(peers):
+    """By those before they were rounded the exact answers would be off by as much as a plain model's."""
+
+    def exact(file, dtype):
+        model = copy.deepcopy(plain[0]).to(dtype).double()
+        return lambda images: model(images.double())
+
+    plain = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers_cpu, "randomise", lambda model: plain.append(randomise(model)) or model)
+        status, rows = peers("--dtypes", "bfloat16", "--engines", "OpenVINO", "swinfast", openvino=exact)
+    assert status == 0
+    assert {row["engine"]: float(row["rel_error"]) < 1e-12 for row in rows} == {"swinfast": False, "OpenVINO": True}
+
+
+def test_what_is_missing_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else "found")
+    for dtype, expected in (("float32", ["ONNX Runtime"]), ("bfloat16", [])):  # which ONNX Runtime has not
+        engines = peers_cpu.engines_for(["ONNX Runtime", "OpenVINO"], dtype, 1, tmp_path)
+        assert [engine.name for engine in engines] == expected
+        assert capsys.readouterr().out == "OpenVINO is left out: pip install 'swinfast[peers]'\n"
 
 
 def test_products_are_those_of_the_model(timm):

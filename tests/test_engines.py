@@ -119,6 +119,14 @@ def test_a_graph_that_failed_is_told(plain, captures, error):
     assert ours.graph_failure == (error and "OutOfMemoryError: no room") and eager.graph_failure is None
 
 
+def test_a_floor_has_no_answers(plain):
+    seen = []
+    floor = Engine("floor", lambda plain, dtype: lambda images: seen.append(images), answers=False)
+    comparison = run(plain, floor, eager_engine("plain"), rounds=3)
+    assert [(one.engine, one.error is None) for one in comparison.measured] == [("floor", True), ("plain eager", False)]
+    assert len(seen) == 1 + 3  # in turn with the other
+
+
 def test_swinfast_is_checked_at_the_batch_size_that_is_timed(plain):
     """Right on the few images of verify, wrong on the whole batch."""
 
