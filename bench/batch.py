@@ -2,7 +2,7 @@
 
 JPEGs of 500 x 375 pixels, a whole model, everything in turn, several rounds; rates are the best round's, since another
 process can only take time away. Each measurement runs in a process of its own whose PyTorch computes on one thread.
-Written to bench/results/batch.csv:
+Added to bench/results/batch.csv:
 
 - decode: a decoding process alone; model: the model alone on one thread, images decoded before;
 - split WORKERS+THREADS: a run with so many decoding processes and batches computed at a time; its ratio is to the
@@ -11,7 +11,6 @@ Written to bench/results/batch.csv:
 """
 
 import argparse
-import csv
 import json
 import os
 import resource
@@ -19,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,26 +27,21 @@ from PIL import Image
 
 import swinfast
 from bench import RESULTS
+from swinfast.arguments import positive
 from swinfast.batch.decode import Decoder, usable_cores
 from swinfast.batch.engine import CHUNK
-from swinfast.measurements import provenance
+from swinfast.measurements import append, check_header, provenance
 
 BATCH = 32
 COLUMNS = ("what", "images_per_sec", "median", "ratio", "images", "mib", "model", "device", "torch", "commit", "date")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Batch inference beside decoding alone and the model alone.")
-    parser.add_argument("--model", default="examples/digits", help="default: %(default)s")
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory", type=int, nargs="*", default=[500, 5000], metavar="N", help="numbers of images")
-    parser.add_argument("--results", type=Path, default=RESULTS / "batch.csv")
-    parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)  # one measurement, in a process of its own
-    options = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(argv)
     if options.part:
         print(json.dumps(_measure(options.model, *options.part)))
         return
+    check_header(options.results, COLUMNS)
     cores = usable_cores()
     splits = sorted({(1, 1), (1, cores), (cores, 1), (cores, cores)})
     with tempfile.TemporaryDirectory() as folder:
@@ -118,13 +113,22 @@ def _write(options: argparse.Namespace, found: dict[str, list[float]], memory: d
         rates = {"images_per_sec": f"{max(rates):.1f}", "median": f"{np.median(rates):.1f}"}
         rows.append({"what": what, "images": options.images, "ratio": ratio} | rates | common)
     rows += [{"what": "memory", "images": count, "mib": f"{peak:.0f}"} | common for count, peak in memory.items()]
-    with options.results.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    append(options.results, *rows, columns=COLUMNS)
     for row in rows:
         print(", ".join(f"{key} {row[key]}" for key in COLUMNS[:6] if row.get(key)))
     print(f"load of the machine at the end: {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Batch inference beside decoding alone and the model alone.")
+    add = parser.add_argument
+    add("--model", default="examples/digits", help="default: %(default)s")
+    add("--images", type=positive, default=2000)
+    add("--rounds", type=positive, default=5)
+    add("--memory", type=positive, nargs="*", default=[500, 5000], metavar="N", help="numbers of images")
+    add("--results", type=Path, default=RESULTS / "batch.csv")
+    add("--part", nargs=3, help=argparse.SUPPRESS)  # one measurement, in a process of its own
+    return parser
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ def overhead(rows: Sequence[Row]) -> str:
 
 
 def batch(rows: Sequence[Row]) -> str:
-    """Rates and memory of batch inference on one device; of a repeated measurement the last."""
+    """Rates and memory of batch inference on one device, of the last model; of a repeated measurement the last."""
+    rows = [row for row in rows if row["model"] == rows[-1]["model"]]
     latest = {(row["what"], row["images"]): row for row in rows}
     lines = []
     for (what, _), row in latest.items():

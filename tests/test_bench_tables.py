@@ -1,5 +1,6 @@
 """What is shown of results is what was measured: tables, documents, plots."""
 
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bench import plot, readme, tables
+from bench import batch, plot, readme, tables
 from bench.tables import FLOOR, MAIN_MODEL, latest_runs
 from swinfast import plots
 from swinfast.measurements import COLUMNS, append
@@ -107,6 +108,19 @@ def test_details():
     table = tables.details(latest_runs(rows))
     assert line_of(table, "swinfast")[3:] == ["swinfast", "1.5", "2.5", "2.50×", "1.00e-06", "87.5%", "12.5"]
     assert line_of(table, *FLOOR.split()[:2])[6:] == ["5.00×", "–", "–", "–"]
+
+
+def test_batch_inference_is_added_to_what_was_measured(tmp_path):
+    """The table shows the last of what it shows, and of one model."""
+    for model, rate in (("other", 9.0), ("m", 20.0), ("m", 10.0)):
+        options = batch._parser().parse_args(["--model", model, "--results", str(tmp_path / "batch.csv")])
+        batch._write(options, {"decode": [rate], "model": [2 * rate]}, {500: 300.0} if model == "m" else {600: 1.0})
+    with (tmp_path / "batch.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 9
+    table = tables.batch(rows)
+    assert line_of(table, "decode") == ["decode", "2000", "10.0", "1.000", "–"]
+    assert line_of(table, "memory") == ["memory", "500", "–", "–", "300"]
 
 
 def test_regions_are_made_anew(monkeypatch):
