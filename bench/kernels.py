@@ -52,6 +52,7 @@ from bench.cases import (
 from bench.peaks import Peaks, Timer, launches_of, measure_peaks, rows_of, timer_of
 from bench.roofline import bytes_of, flops_of
 from bench.tables import slug
+from swinfast.arguments import positive
 from swinfast.errors import in_a_line
 from swinfast.measurements import append, check_header, provenance
 from swinfast.pipeline import resolve_device
@@ -270,7 +271,7 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[[torch.device], T
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", metavar="NAME", help="default: swinv2_cr_tiny_ns_224 (small without GPU)")
-    parser.add_argument("--batch", type=int, help="images of the forward (default: 256; 2 without a GPU)")
+    parser.add_argument("--batch", type=positive, help="images of the forward (default: 256; 2 without a GPU)")
     parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=["float16"])
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, help="default: all that a forward launches")
     parser.add_argument(

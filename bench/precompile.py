@@ -28,6 +28,7 @@ from bench.candidates import candidates
 from bench.cases import first_launches, launch_of, model_named
 from bench.kernels import COMPOSITIONS, KERNELS
 from bench.targets import find_targets
+from swinfast.arguments import positive
 
 
 def launches(options: argparse.Namespace) -> Iterator[tuple[Launch, str]]:
@@ -69,11 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.precompile", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=ARCHS, default="sm_90", help="default: %(default)s")
     parser.add_argument("--models", nargs="+", metavar="NAME", default=["swinv2_cr_tiny_ns_224"])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", default=[1, 32, 256], help="of the forwards")
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=positive, metavar="N", default=[1, 32, 256], help="of the forwards"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=["float16"])
     parser.add_argument("--forms", nargs="+", choices=COMPOSITIONS, default=["tables"], help="compositions of a block")
-    parser.add_argument("--candidates", type=int, default=0, help="of bench.tune too, so many a kernel (default: none)")
-    parser.add_argument("--processes", type=int, metavar="N", help="default: as many as there are cores")
+    parser.add_argument(
+        "--candidates", type=positive, default=0, help="of bench.tune too, so many a kernel (default: none)"
+    )
+    parser.add_argument("--processes", type=positive, metavar="N", help="default: as many as there are cores")
     return parser
 
 

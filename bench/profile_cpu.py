@@ -17,6 +17,7 @@ import swinfast
 from bench import RESULTS
 from bench.peers import import_timm
 from bench.peers_cpu import PRODUCTS, products
+from swinfast.arguments import positive
 from swinfast.benchmark import compare, randomise
 from swinfast.measurements import DTYPES, append, check_header, provenance
 
@@ -104,8 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="swinv2_cr_tiny_ns_224")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=15, help="forwards timed and profiled (default: %(default)s)")
+    parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[1, 8])
+    parser.add_argument(
+        "--rounds", type=positive, default=15, help="forwards timed and profiled (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "profile_cpu.csv")
     return parser
 

@@ -25,6 +25,7 @@ from bench.cases import tf32_setting
 from bench.in_forward import Forward
 from bench.peaks import timer_of
 from bench.tables import slug
+from swinfast.arguments import positive
 from swinfast.measurements import append, check_header, provenance
 from swinfast.pipeline import resolve_device
 
@@ -132,7 +133,7 @@ def summary(rows: Sequence[dict]) -> dict[str, float]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.profile_gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="swinv2_cr_tiny_ns_224", help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--batch", type=positive, default=1, help="default: %(default)s")
     parser.add_argument("--dtype", choices=PRECISIONS, default="float16", help="default: %(default)s")
     parser.add_argument("--overlapped", action="store_true", help="start each kernel before the one before it is done")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: bench/results/profile_<device>.csv")

@@ -27,6 +27,7 @@ import swinfast
 from bench.gpus import GPUS, Gpu
 from bench.peers import import_timm
 from bench.sass import Uncountable, arguments, issued_instructions
+from swinfast.arguments import positive
 from swinfast.measurements import DTYPES
 from swinfast.plots import finish, panels_for
 
@@ -193,7 +194,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="swinv2_cr_tiny_ns_224")
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=positive, default=256)
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["h100", "a100", "l4"])
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the floors")

@@ -44,6 +44,7 @@ from bench.kernels import KERNELS, compilers
 from bench.peaks import Timer, timer_of
 from bench.tables import slug
 from bench.targets import Log, Target, find_targets
+from swinfast.arguments import positive
 from swinfast.measurements import provenance
 from swinfast.pipeline import resolve_device
 
@@ -294,10 +295,10 @@ def report(finals: Sequence[tuple[Target, Final]]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", metavar="NAME", help="default: swinv2_cr_tiny_ns_224 (small without GPU)")
-    parser.add_argument("--batch", type=int, help="images of the forward (default: 256; 1 without a GPU)")
+    parser.add_argument("--batch", type=positive, help="images of the forward (default: 256; 1 without a GPU)")
     parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=["float16"])
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
-    parser.add_argument("--candidates", type=int, default=24, help="of each target at most (default: %(default)s)")
+    parser.add_argument("--candidates", type=positive, default=24, help="of each target at most (default: %(default)s)")
     in_forward = f"time whole forwards with each candidate (default: on a GPU, at up to {FEW_IMAGES} images)"
     parser.add_argument("--in-forward", action=argparse.BooleanOptionalAction, help=in_forward)
     parser.add_argument("--minutes", type=float, default=8.0, help="at most (default: %(default)s)")

@@ -9,7 +9,7 @@ from helpers import OPTIONS, images_for, make, relative_rms, small_model_args
 from swinfast.kernels.configs import config
 
 import swinfast
-from bench import OUT_OF_TIME, models, peers, profile_cpu, profile_gpu
+from bench import OUT_OF_TIME, batch, kernels, models, peers, peers_cpu, profile_cpu, profile_gpu, tune
 from bench.models import tasks_in_order
 from bench.peers import engines_named, sdpa_form
 from swinfast.engines import Comparison, Engine, WrongAnswer
@@ -116,6 +116,27 @@ def test_batch_sizes_are_positive(bench, wrong):
     with pytest.raises(SystemExit) as stop:
         bench("--batch-sizes", wrong)
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "wrong"),
+    [
+        (batch, "--images", "0"),
+        (batch, "--memory", "-1"),
+        (batch, "--rounds", "0"),
+        (kernels, "--batch", "0"),
+        (peers_cpu, "--batch-sizes", "-1"),
+        (peers_cpu, "--rounds", "0"),
+        (profile_cpu, "--batch-sizes", "0"),
+        (profile_gpu, "--batch", "-1"),
+        (tune, "--batch", "0"),
+        (tune, "--candidates", "-3"),
+    ],
+)
+def test_numbers_of_other_scripts_are_positive(script, option, wrong, capsys):
+    with pytest.raises(SystemExit):
+        script._parser().parse_args([option, wrong])
+    assert f"argument {option}: must be whole numbers of at least 1, got '{wrong}'" in capsys.readouterr().err
 
 
 def test_the_most_valuable_first():
