@@ -3,9 +3,10 @@
 A region of a document between two comments is made anew: `<!-- results NAME … -->` to `<!-- end of results -->`.
 """
 
+import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.tables import MAIN_MODEL, Row, batch, details, kernels, latest_runs, overhead, profile, read, slug, speeds
@@ -16,16 +17,19 @@ REGION = re.compile(r"(<!-- results (\w+): written by python -m bench\.readme --
 NO_GPU = "No GPU has been measured yet."
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only compare: the exit status is 1 where they differ")
+    check = parser.parse_args(argv).check
     differs = False
     for document in DOCUMENTS:
         path = ROOT / document
         text = path.read_text(encoding="utf-8")
         written = with_results(text)
         differs |= written != text
-        if "--check" not in sys.argv:
+        if not check:
             path.write_text(written, encoding="utf-8")
-    return int(differs and "--check" in sys.argv)
+    return int(differs and check)
 
 
 def with_results(text: str) -> str:

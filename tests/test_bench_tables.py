@@ -110,6 +110,12 @@ def test_details():
     assert line_of(table, *FLOOR.split()[:2])[6:] == ["5.00×", "–", "–", "–"]
 
 
+def test_a_wrong_option_writes_no_document(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    with pytest.raises(SystemExit):
+        readme.main(["--chek"])
+
+
 def test_batch_inference_is_added_to_what_was_measured(tmp_path):
     """The table shows the last of what it shows, and of one model."""
     for model, rate in (("other", 9.0), ("m", 20.0), ("m", 10.0)):
