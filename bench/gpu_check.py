@@ -55,6 +55,7 @@ class Visit(NamedTuple):
 
     output: Path
     minutes: float  # that the step has
+    tuned: bool = False  # whether the table is another than when the visit began
 
 
 class Step(NamedTuple):
@@ -144,7 +145,7 @@ def _models(visit: Visit, file: str = "models.csv") -> list[Command]:
 
 def _models_again(visit: Visit) -> list[Command]:
     """The same with the tuned table, where tuning changed it."""
-    if not (visit.output / _table().name).exists():
+    if not visit.tuned:
         raise Missing("tuning changed no table")
     return _models(visit, "models_tuned.csv")
 
@@ -258,6 +259,7 @@ def visit_gpu(names: Sequence[str], minutes: float, output: Path) -> list[Outcom
     log.touch()
     table = _table()
     before = table.read_bytes() if table.exists() else b""
+    tuned = False
     outcomes: list[Outcome] = []
     for place, name in enumerate(names):
         left = (deadline - time.monotonic()) / 60
@@ -265,8 +267,10 @@ def visit_gpu(names: Sequence[str], minutes: float, output: Path) -> list[Outcom
         if left < LEAST:
             outcomes.append(Outcome(name, "out of time: not started", 0.0, []))
         else:
-            outcomes.append(run_step(name, STEPS[name], Visit(output, left * shares[0] / sum(shares)), log))
-        if table.exists() and table.read_bytes() != before:
+            visit = Visit(output, left * shares[0] / sum(shares), tuned)
+            outcomes.append(run_step(name, STEPS[name], visit, log))
+        tuned = table.exists() and table.read_bytes() != before
+        if tuned:
             shutil.copy(table, output / table.name)
         cut(log)
         (output / "summary.txt").write_text(summary(outcomes) + "\n", encoding="utf-8")

@@ -122,6 +122,18 @@ def test_a_table_that_changed_is_kept(check, tmp_path):
     assert (tmp_path / "out" / table.name).read_text() == "[]"
 
 
+def test_models_again_is_for_what_this_visit_tuned(check, tmp_path):
+    """A table that an earlier visit left in the folder is none of it."""
+    again = Step(1.0, lambda visit: STEPS["models-again"].commands(visit) and [], 1)
+    table = gpu_check.FOLDER / gpu_check._table().name
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / table.name).touch()
+    _, summary, _ = check(tune=step(SAYS), again=again)
+    assert "again: left out: tuning changed no table" in summary
+    _, summary, _ = check(tune=step(f"open({str(table)!r}, 'w').write('[]')"), again=again)
+    assert "again: ok" in summary
+
+
 def test_an_endless_log_is_cut(check, monkeypatch):
     monkeypatch.setattr(gpu_check, "LARGEST_LOG", 4000)
     _, _, log = check(one=step("print('first'); print('x' * 20000); print('last')"))
@@ -149,13 +161,11 @@ def options(monkeypatch):
 def test_commands(name, gpu, tmp_path, options, monkeypatch):
     """Each step runs modules and files that exist, with options that they have, within its time."""
     monkeypatch.setattr(gpu_check, "GPU", gpu)
-    monkeypatch.setattr(gpu_check, "_table", lambda: tmp_path / "sm_90.json")
-    (tmp_path / "sm_90.json").touch()
     if name in ("tune", "profile") and not gpu:
         with pytest.raises(Missing, match="needs a GPU"):
             STEPS[name].commands(Visit(tmp_path, 2.0))
         return
-    commands = STEPS[name].commands(Visit(tmp_path, 2.0))
+    commands = STEPS[name].commands(Visit(tmp_path, 2.0, tuned=True))
     assert commands
     for command in commands:
         assert all((gpu_check.ROOT / word).exists() for word in command if word.startswith("tests/"))
