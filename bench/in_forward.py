@@ -56,21 +56,22 @@ class Forward:
         self.plain: nn.Module = randomise(model_named(name, device))
         self.images = torch.randn(batch, 3, *self.plain.img_size, device=device).to(PRECISIONS[precision])
         self.right: set[tuple] = set()  # what was checked
-        self._optimise()
+        self.fast: nn.Module | None = self._optimised()
 
-    def _optimise(self) -> None:
-        self.fast = swinfast.optimize(self.plain, dtype=PRECISIONS[self.precision], backend="triton", cuda_graphs=False)
+    def _optimised(self) -> nn.Module:
+        fast = swinfast.optimize(self.plain, dtype=PRECISIONS[self.precision], backend="triton", cuda_graphs=False)
         try:
-            self._run()  # lays tables of position biases out, before any other choice is made
+            self._run(fast)  # lays tables of position biases out, before any other choice is made
         except Exception as error:
             what = f"{self.name} batch {self.batch} {self.precision}"
             raise Failing(f"{what} fails as the tables have it: {problem_of(error)}") from error
+        return fast
 
-    def _run(self) -> torch.Tensor:
+    def _run(self, fast: nn.Module) -> torch.Tensor:
         """An answer of Triton's alone: where that fails at a module, PyTorch would take its place from then on."""
         with warnings.catch_warnings(), torch.no_grad(), tf32_setting(self.precision):
             warnings.filterwarnings("error", "Triton failed")
-            return self.fast(self.images)
+            return fast(self.images)
 
     def by(self, target: Target, config: Config) -> Callable[[], object]:
         """What launches the forward with a configuration in place of a target's."""
@@ -87,15 +88,16 @@ class Forward:
         Raises:
             UserWarning: A kernel failed. The model would go on without it, so another takes its place.
         """
+        self.fast = fast = self.fast or self._optimised()
 
         def forward() -> torch.Tensor:
             with override(choose):
-                return self._run()
+                return self._run(fast)
 
         try:
             forward()  # compiles what is new, and loads it
         except Exception:
-            self._optimise()
+            self.fast = None
             raise
         return launches_of(forward, self.images.device)
 

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -323,6 +325,16 @@ def test_compiled_definitions_come_while_there_is_time(monkeypatch):
     assert rows[0]["compiled_us"] == 2.0
     kernels.add_compiled([("", "first")], rows[:1], OPTIONS, deadline=0)
     assert len(timed) == 2
+
+
+def test_a_graph_keeps_what_it_reads(monkeypatch):
+    monkeypatch.setattr(peaks.graphs, "capture", lambda function, device: (lambda: None, function()))
+    x = torch.ones(1)
+    kept = weakref.ref(x)
+    launch = peaks.launches_of(partial(torch.neg, x), torch.device("cuda"))
+    del x
+    launch()
+    assert kept() is not None
 
 
 def test_a_compiled_definition(monkeypatch):
