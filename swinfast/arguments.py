@@ -32,10 +32,3 @@ def whole_number(name: str, value: Any, least: int, expected: str = "a whole num
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     return number
-
-
-def positive(text: str) -> int:
-    """An argparse type for whole numbers from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1, got {text!r}")
-    return int(text)
