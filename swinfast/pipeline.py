@@ -111,10 +111,12 @@ class Pipeline:
             devices: Compute on all of these, in a process for each, instead of this object's device.
             watch: Called after every batch with its names and, for each, None or the reason of a failure.
 
-        Under torchrun (RANK and WORLD_SIZE) every process does its share, and rank 0 writes the output.
+        Under torchrun (RANK and WORLD_SIZE) every process has to call this with the same arguments; each does its
+        share, rank 0 writes the output, and all return once it is there.
 
         Raises:
-            ValueError: A wrong ending; or results of something else are there to resume (ResumeError).
+            ValueError: A wrong ending; or results of something else are there to resume, or processes that share the
+                work find different inputs (ResumeError).
             StrictError: An image failed, and strict.
             OSError: The output can't be written; what is finished stays.
             TypeError: images is something else than paths.

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from PIL import ImageFile
 from torch import nn
 
 import swinfast
+from swinfast.batch import processes
 from swinfast.batch.compute import Compute, Waits, find_batch_size
 from swinfast.batch.engine import Division, PartEnd
+from swinfast.batch.parts import ResumeError
 from swinfast.batch.run import Summary
 from swinfast.batch.share import Job, StrictError, work
 from swinfast.batch.sources import Item
@@ -364,21 +367,32 @@ class TestProcesses:
         assert not (tmp_path / "there.csv.errors.csv").exists()
 
     def test_share(self, model, images, bad_images, tmp_path):
-        """A process does every world-th part, tells of the parts and its images, and leaves what is finished."""
+        """A process does every world-th part, leaves what is finished, and tells of the inputs as a whole."""
         images[2] = str(bad_images["cut"])
         pipeline = swinfast.Predictor(model, batch_size=2, device="cpu", workers=0)
         job = Job(pipeline, swinfast.Images(tuple(images)), tmp_path / "out.csv", Division(2, 2), False, {})
         parts, seen = job.parts(), []
         parts.begin(False, job.files())
-        share = work(job, lambda names, reasons: seen.extend(names), 1, 3)
-        assert (share.parts, share.images, share.failures) == (6, 4, 1)
-        assert (parts.finished(), seen) == ({1, 4}, images[2:4] + images[8:10])
-        share = work(job, lambda names, reasons: seen.extend(names), 0, 2)
-        assert (share.parts, share.images, share.failures) == (6, 6, 0)  # part 4 was there, part 1 is not its own
-        share = work(job, lambda names, reasons: seen.extend(names))
-        assert (share.parts, share.images, share.failures) == (6, 11, 1)
-        assert (parts.finished(), sorted(seen)) == (set(range(6)), sorted(images))
+        shares = []
+        for rank, world, there in ((1, 3, {1, 4}), (0, 2, {0, 1, 2, 4}), (0, 1, set(range(6)))):
+            shares.append(work(job, lambda names, reasons: seen.extend(names), rank, world))
+            assert parts.finished() == there
+        assert {(share.parts, share.digest) for share in shares} == {(6, parts.join(6, job.files()).digest)}
+        assert seen == images[2:4] + images[8:10] + images[:2] + images[4:6] + images[6:8] + images[10:]
         parts.release()
+
+    def test_inputs_that_change(self, model, images, tmp_path, monkeypatch):
+        """While processes start: each reads them by itself."""
+        start = processes._start
+
+        def starting(device, job, rank, world):
+            return start(device, replace(job, images=swinfast.Images(tuple(images[rank:]))), rank, world)
+
+        monkeypatch.setattr(processes, "_start", starting)
+        predictor = swinfast.Predictor(model, batch_size=2, device="cpu")
+        with pytest.raises(ResumeError, match=r"process 1 \(cpu\) has read other inputs than process 0 \(cpu\)"):
+            predictor.write(images, tmp_path / "out.csv", part_size=2, devices=("cpu", "cpu"))
+        assert not (tmp_path / "out.csv").exists()
 
     def test_errors(self, model, images, bad_images, tmp_path):
         predictor = swinfast.Predictor(model, batch_size=2, device="cpu")

@@ -29,7 +29,7 @@ OWN = re.compile(r"(\d{8}|whole|(.+\.)?manifest)(\.\w+)?\.(json|jsonl|csv|npy|pa
 
 
 class ResumeError(ValueError):
-    """What is there was made of other inputs, by another model or with other settings."""
+    """What is there, or what another process makes, is of other inputs, of another model or of other settings."""
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,7 @@ class Parts:
 
     def _check(self, content: Mapping[str, Any], where: Path) -> None:
         old = {"members": "*"} | content["settings"]  # which manifests did not always name
-        other = [key for key in {**old, **self.settings} if old.get(key) != self.settings.get(key)]
-        if other:
-            said = ", ".join(f"{key} was {_short(old.get(key))}, is {_short(self.settings.get(key))}" for key in other)
+        if said := differences(old, self.settings):
             raise ResumeError(f"{where} can't be resumed: {said}; go back to that, or start anew without resuming")
 
     def _unwritable(self, error: OSError) -> OSError:
@@ -250,6 +248,12 @@ def _totals(content: dict[str, Any], file: Path) -> Totals:
 def next_digest(whole: str, part: str) -> str:
     """The digest of a whole run, one part further."""
     return blake2b((whole + part).encode(), digest_size=16).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Which settings are others, in words; "" for none."""
+    other = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in other)
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:

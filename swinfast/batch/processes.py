@@ -19,7 +19,7 @@ from ..pixels import pillow_settings, set_pillow
 from .compute import Waits
 from .decode import usable_cores
 from .parts import ResumeError
-from .share import Job, Share, StrictError, Watch, work
+from .share import Job, Share, StrictError, Watch, check_same_inputs, work
 
 ERRORS = {error.__name__: error for error in (ResumeError, StrictError, OSError, ValueError)}
 CHILD = [sys.executable, "-c", "from swinfast.batch.processes import main; main()"]
@@ -31,7 +31,7 @@ def work_on(devices: Sequence[str], job: Job, watch: Watch) -> Share:
     Raises:
         What work raises, with the device in front; RuntimeError where a process ends otherwise.
     """
-    total, lock = Share(), threading.Lock()
+    lock = threading.Lock()
 
     def told(names: list[str], reasons: list[str | None]) -> None:
         with lock:
@@ -53,9 +53,11 @@ def work_on(devices: Sequence[str], job: Job, watch: Watch) -> Share:
             child.wait()
             child.stdin.close()
             child.stdout.close()
-    for future in following:
-        share = future.result()
-        total.parts = share.parts
+    shares = [future.result() for future in following]
+    numbered = enumerate(zip(devices, shares, strict=True))
+    check_same_inputs({f"process {number} ({device})": share.digest for number, (device, share) in numbered})
+    total = shares[0]
+    for share in shares[1:]:
         total.waits.add(share.waits)
     return total
 
@@ -95,7 +97,7 @@ def _follow(child: subprocess.Popen, device: str, watch: Watch) -> Share:
         elif "error" in told:
             raise ERRORS.get(told["type"], RuntimeError)(f"{device}: {told['error']}")
         else:
-            return Share(told["parts"], waits=Waits(**told["waits"]))
+            return Share(told["parts"], told["digest"], Waits(**told["waits"]))
     raise _Ended(f"the process for {device} ended with exit code {child.wait()}")
 
 
@@ -112,7 +114,7 @@ def main() -> None:
         rank, world = message["rank"], message["world"]
         with within_autocast(torch.device(message["device"]), message["autocast"]):
             share = work(job, lambda names, reasons: tell(names=names, reasons=reasons), rank, world)
-        tell(parts=share.parts, waits=asdict(share.waits))
+        tell(**asdict(share))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -5,26 +5,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import TYPE_CHECKING
-
-import torch
 
 from ..arguments import whole_number
 from ..files import check_writable
 from .compute import Waits
 from .engine import Division
 from .formats import check_ending, output_files
-from .parts import Parts, Totals
+from .parts import Parts, differences
 from .processes import work_on
-from .share import Job, Share, Watch, work
+from .ranks import Exchange, between_ranks
+from .share import Job, Watch, check_same_inputs, work
 from .sources import Images
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
 
 PART_SIZE, PART_BYTES = 1024, 256 << 20  # of images, unless they take more memory than that
-POLL = 0.5  # seconds between looks at what other ranks have finished
 
 
 @dataclass(frozen=True)
@@ -98,30 +96,38 @@ def write(
         check_writable("what is written with output", file)
     if images.output is None or Path(images.output) != output:  # else all paths were checked against it already
         images = replace(images, output=str(output))
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        if devices:
-            raise ValueError("devices can't be given under torchrun, where every process has its own")
-        return _as_rank(pipeline, images, output, resume, strict, part_size, watch, rank, world)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and devices:
+        raise ValueError("devices can't be given under torchrun, where every process has its own")
     for device in devices:  # said before anything is started or thrown away
         pipeline.check_device(device)
-    job = _job(pipeline, images, output, resume, strict, part_size)
+    with between_ranks() as exchange:
+        batch_size = exchange(pipeline.batch_size)[0]
+        if pipeline.found_batch_size:
+            pipeline.batch_size = batch_size
+        job = _job(pipeline, images, output, resume, strict, part_size)
+        for rank, settings in enumerate(every := exchange(job.settings)):
+            if said := differences(every[0], settings):
+                raise ValueError(f"ranks must have the same settings; from rank 0 to rank {rank}: {said}")
+        return _run(job, exchange, resume, devices, _Count(watch))
+
+
+def _run(job: Job, exchange: Exchange, resume: bool, devices: Sequence[str], count: "_Count") -> Summary:
+    """Rank 0 begins and, once all have done their shares, joins the parts; so does a process that is alone."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     parts = job.parts()
     try:
-        finished = parts.begin(resume, job.files())
+        finished = exchange(parts.begin(resume, job.files()) if rank == 0 else None)[0]  # and nobody writes before
         if finished is not None:
-            return _nothing_to_do(job, finished)
-        return _all_parts(job, parts, devices, watch)
+            parts.compare_whole(job.division.divide(job.images, set()), finished)
+            return Summary(finished.images, finished.failures)
+        began = perf_counter()
+        share = work_on(devices, job, count) if devices else work(job, count, rank, world)
+        seconds = perf_counter() - began
+        check_same_inputs({f"rank {number}": digest for number, digest in enumerate(exchange(share.digest))})
+        totals = exchange(parts.join(share.parts, job.files()) if rank == 0 else None)[0]
+        return Summary(totals.images, totals.failures, count.images, seconds, share.waits)
     finally:
         parts.release()
-
-
-def _all_parts(job: Job, parts: Parts, devices: Sequence[str], watch: Watch | None) -> Summary:
-    count, began = _Count(watch), perf_counter()
-    share = work_on(devices, job, count) if devices else work(job, count)
-    seconds = perf_counter() - began
-    totals = parts.join(share.parts, job.files())
-    return Summary(totals.images, totals.failures, count.images, seconds, share.waits)
 
 
 def _job(pipeline: "Pipeline", images: Images, output: Path, resume: bool, strict: bool, part_size: int | None) -> Job:
@@ -134,49 +140,3 @@ def _job(pipeline: "Pipeline", images: Images, output: Path, resume: bool, stric
     chosen = {"members": images.members, "image_column": images.image_column}
     settings = pipeline.settings() | {"part_size": part_size} | chosen
     return Job(pipeline, images, output, Division(part_size, pipeline.batch_size), strict, settings)
-
-
-def _nothing_to_do(job: Job, finished: Totals) -> Summary:
-    job.parts().compare_whole(job.division.divide(job.images, set()), finished)
-    return Summary(finished.images, finished.failures)
-
-
-def _as_rank(pipeline, images, output, resume, strict, part_size, watch, rank, world) -> Summary:
-    """One of torchrun's processes. Rank 0 begins, and joins the parts once the others' are there too."""
-    group = _Group()
-    pipeline.batch_size = group.tell(pipeline.batch_size)
-    job = _job(pipeline, images, output, resume, strict, part_size)
-    parts, count, began = job.parts(), _Count(watch), perf_counter()
-    begun = parts.begin(resume, job.files()) if rank == 0 else None
-    finished = group.tell(begun)  # nobody writes before rank 0 has begun
-    group.close()
-    if finished is not None:
-        return _nothing_to_do(job, finished)
-    share: Share = work(job, count, rank, world)
-    seconds = perf_counter() - began
-    if rank == 0:
-        while len(parts.finished()) < share.parts:
-            sleep(POLL)
-        totals = parts.join(share.parts, job.files())
-    else:
-        totals = Totals(share.images, share.failures, "")  # the records may be gone, once rank 0 has all of them
-    return Summary(totals.images, totals.failures, count.images, seconds, share.waits)
-
-
-class _Group:
-    """torchrun's processes, for as long as they must agree on something."""
-
-    def __init__(self):
-        self._ours = not torch.distributed.is_initialized()
-        if self._ours:
-            torch.distributed.init_process_group("gloo")
-
-    def tell(self, value):
-        """Rank 0's value, in every rank."""
-        values = [value]
-        torch.distributed.broadcast_object_list(values)
-        return values[0]
-
-    def close(self) -> None:
-        if self._ours:
-            torch.distributed.destroy_process_group()

@@ -1,7 +1,7 @@
 """A process's share of a run: every world-th part, decoded, computed and committed."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from .compute import Arrays, Waits
 from .decode import Reasons
 from .engine import Batch, Division, Done, PartEnd
 from .formats import OutputFile, output_files
-from .parts import Parts, Record, ResumeError
+from .parts import Parts, Record, ResumeError, next_digest
 from .sources import Images
 
 if TYPE_CHECKING:
@@ -49,17 +49,17 @@ class Job:
 
 @dataclass
 class Share:
-    """What a process did: how many parts the inputs have, images and failures of its own ones, those that were done
-    before included, and where its time went."""
+    """What a process did.
+
+    Attributes:
+        parts: Of the inputs, whoever did them.
+        digest: Of the names of all inputs.
+        waits: Where its time went.
+    """
 
     parts: int = 0
-    images: int = 0
-    failures: int = 0
+    digest: str = ""
     waits: Waits = field(default_factory=Waits)
-
-    def count(self, record: Record) -> None:
-        self.images += record.images
-        self.failures += len(record.failures)
 
 
 class _Wanted:
@@ -69,10 +69,7 @@ class _Wanted:
         self._rank, self._world, self._finished = rank, world, finished
 
     def __contains__(self, part: int) -> bool:
-        return self.is_own(part) and part not in self._finished
-
-    def is_own(self, part: int) -> bool:
-        return part % self._world == self._rank
+        return part % self._world == self._rank and part not in self._finished
 
 
 def work(job: Job, watch: Watch, rank: int = 0, world: int = 1) -> Share:
@@ -84,7 +81,7 @@ def work(job: Job, watch: Watch, rank: int = 0, world: int = 1) -> Share:
         OSError: Results can't be written.
     """
     parts, files, share = job.parts(), job.files(), Share()
-    finished = parts.finished()
+    finished = {part for part in parts.finished() if part % world == rank}  # others compare theirs
     steps = _checked(job, parts, finished, _Wanted(rank, world, finished), share)
     compute = job.pipeline.compute()
     collected = _Part()
@@ -99,7 +96,6 @@ def work(job: Job, watch: Watch, rank: int = 0, world: int = 1) -> Share:
                 watch(step.names, step.reasons)
             elif collected.images:
                 record = Record(step.images, step.digest, collected.failures)
-                share.count(record)
                 names, arrays = collected.rows(job.pipeline.no_rows())
                 commits.append(writer.submit(parts.commit, step.part, files, names, arrays, record))
                 collected = _Part()
@@ -107,6 +103,17 @@ def work(job: Job, watch: Watch, rank: int = 0, world: int = 1) -> Share:
         _wait(commits, 0, compute.waits)
     share.waits = compute.waits
     return share
+
+
+def check_same_inputs(digests: Mapping[str, str]) -> None:
+    """ResumeError where a process has read other inputs than the first one, so that their parts make no whole."""
+    first = next(iter(digests))
+    for name, digest in digests.items():
+        if digest != digests[first]:
+            raise ResumeError(
+                f"{name} has read other inputs than {first}: all must find the same images in the same order, and "
+                "these must not change during a run; start anew without resuming"
+            )
 
 
 def _wait(commits: list[Future], most: int, waits: Waits) -> None:
@@ -123,25 +130,23 @@ def _checked(job: Job, parts: Parts, finished: set[int], wanted: _Wanted, share:
             yield step
             continue
         share.parts += 1
+        share.digest = next_digest(share.digest, step.digest)
         if step.part in finished:
-            record = _compare(parts, step)
-            if wanted.is_own(step.part):
-                share.count(record)
+            _compare(parts, step)
         elif step.part in wanted:
             yield step
     if any(part >= share.parts for part in finished):
         raise ResumeError(f"{parts.folder} has results of more images than there are now")
 
 
-def _compare(parts: Parts, step: PartEnd) -> Record:
-    """The record of a finished part, which must be of these inputs."""
+def _compare(parts: Parts, step: PartEnd) -> None:
+    """ResumeError where a finished part is of other inputs."""
     record = parts.record(step.part)
     if (record.images, record.digest) != (step.images, step.digest):
         raise ResumeError(
             f"{parts.folder} can't be resumed: the inputs have other names now than in finished part {step.part}; "
             "go back to those, or start anew without resuming"
         )
-    return record
 
 
 class _Part:

@@ -1,0 +1,118 @@
+"""One run in several processes under torchrun, which here are copies of the test's own."""
+
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing import get_context
+
+import pytest
+from helpers import write_image
+
+import swinfast
+from swinfast.batch.parts import ResumeError
+from swinfast.batch.run import Summary
+from swinfast.batch.share import StrictError
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.fixture
+def images(tmp_path) -> list[str]:
+    return [str(write_image(tmp_path / f"{seed:02}.png", seed)) for seed in range(11)]
+
+
+@pytest.fixture
+def predictor(model_folder) -> swinfast.Predictor:
+    return swinfast.Predictor(swinfast.create_model(str(model_folder)), batch_size=2, device="cpu", workers=0)
+
+
+@pytest.fixture
+def as_ranks(monkeypatch) -> Callable[..., list]:
+    """Calls a function with each rank of two, at the same time; what it returns or raises, None where it is killed."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+
+    def call(function: Callable[[int], object]) -> list:
+        processes, ends = [], []
+        for rank in range(2):
+            ours, theirs = get_context("fork").Pipe(duplex=False)
+            processes.append(get_context("fork").Process(target=answer, args=(function, rank, theirs)))
+            processes[-1].start()
+            theirs.close()
+            ends.append(ours)
+        for process in processes:
+            process.join(60)
+        return [end.recv() if process.exitcode == 0 else None for process, end in zip(processes, ends, strict=True)]
+
+    def answer(function, rank, end) -> None:
+        os.environ["RANK"] = str(rank)
+        try:
+            end.send(function(rank))
+        except Exception as error:
+            error.__cause__ = error.__context__ = None
+            end.send(error)
+
+    return call
+
+
+def test_two_runs(as_ranks, predictor, images, tmp_path):
+    """One right after the other; each returns in all ranks once the output is there, which is that of one process."""
+
+    def write(rank: int) -> list[object]:
+        outputs = [tmp_path / f"{number}.csv" for number in range(2)]
+        return [(predictor.write(images, out, part_size=2).images, out.read_bytes()) for out in outputs]
+
+    first, second = as_ranks(write)
+    assert first == second
+    os.environ["WORLD_SIZE"] = "1"
+    predictor.write(images, tmp_path / "expected.csv", part_size=2)
+    assert first == [(11, (tmp_path / "expected.csv").read_bytes())] * 2
+
+
+@pytest.mark.parametrize("other", [slice(8), slice(2, None), slice(None, None, -1)], ids=["fewer", "later", "reversed"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_other_inputs(as_ranks, predictor, images, tmp_path, other, which):
+    def write(rank: int) -> Summary:
+        return predictor.write(images[other] if rank == which else images, tmp_path / "out.csv", part_size=2)
+
+    for error in as_ranks(write):
+        assert isinstance(error, ResumeError) and "rank 1 has read other inputs than rank 0" in str(error)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_other_settings(as_ranks, model_folder, images, tmp_path):
+    """They are seen before anything is begun."""
+
+    def write(rank: int) -> Summary:
+        model = swinfast.create_model(str(model_folder))
+        return swinfast.Predictor(model, topk=3 + rank, device="cpu", workers=0).write(images, tmp_path / "out.csv")
+
+    for error in as_ranks(write):
+        assert type(error) is ValueError
+        assert str(error) == "ranks must have the same settings; from rank 0 to rank 1: topk was 3, is 4"
+    assert not list(tmp_path.glob("out.*"))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_rank_that_is_killed(as_ranks, predictor, images, tmp_path, which):
+    def write(rank: int) -> Summary:
+        return predictor.write(
+            images, tmp_path / "out.csv", part_size=2, watch=lambda *batch: os._exit(9) if rank == which else None
+        )
+
+    answers = as_ranks(write)
+    assert answers[which] is None
+    assert "another rank has ended before the run was done" in str(answers[1 - which])
+
+
+def test_another_try(as_ranks, predictor, images, tmp_path):
+    """In the same processes, after one of them failed: nothing of the first is in the way."""
+
+    def write(rank: int) -> list[object]:
+        with pytest.raises(StrictError if rank == 0 else RuntimeError):
+            predictor.write([str(tmp_path / "missing.png"), *images], tmp_path / "out.csv", part_size=2, strict=True)
+        return predictor.write(images, tmp_path / "out.csv", part_size=2).images
+
+    assert as_ranks(write) == [11, 11]
