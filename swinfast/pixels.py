@@ -94,14 +94,15 @@ class Crop:
         return tuple(round(side / ratio) for side in size)
 
 
-def pillow_settings() -> tuple[int | None, bool]:
+def pillow_settings() -> dict[str, int | bool | None]:
     """What a program may have changed of how Pillow reads files."""
-    return Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    return {"max_image_pixels": Image.MAX_IMAGE_PIXELS, "load_truncated_images": ImageFile.LOAD_TRUNCATED_IMAGES}
 
 
-def set_pillow(settings: tuple[int | None, bool]) -> None:
+def set_pillow(settings: dict[str, int | bool | None]) -> None:
     """As pillow_settings said in another process."""
-    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = settings
+    Image.MAX_IMAGE_PIXELS = settings["max_image_pixels"]
+    ImageFile.LOAD_TRUNCATED_IMAGES = settings["load_truncated_images"]
 
 
 def _read_span(archive: str, offset: int, size: int) -> bytes:

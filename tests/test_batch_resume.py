@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import randomise, write_image
+from PIL import Image, ImageFile
 
 import swinfast
 from swinfast.batch.parts import ResumeError
@@ -201,7 +202,8 @@ def test_a_run_of_before_there_were_more_settings(make, images, tmp_path):
     make().write(images, tmp_path / "out.csv", part_size=4)
     manifest = tmp_path / "out.csv.manifest.json"
     content = json.loads(manifest.read_text(encoding="utf-8"))
-    del content["settings"]["members"], content["settings"]["image_column"]
+    for name in ("members", "image_column", "autocast", "max_image_pixels", "load_truncated_images"):
+        del content["settings"][name]
     manifest.write_text(json.dumps(content), encoding="utf-8")
     assert make().write(images, tmp_path / "out.csv", **SMALL_PARTS).done_now == 0
 
@@ -314,6 +316,17 @@ class TestRefusals:
         paths = tuple(map(str, [*images[:3], *images[4:8], *images[9:]]))
         with pytest.raises(ResumeError, match=f"can't be resumed: .*{re.escape(said)}"):
             make().write(swinfast.Images(paths, **chosen), unfinished, **SMALL_PARTS)
+
+    def test_what_the_program_set(self, make, images, unfinished, monkeypatch):
+        with torch.autocast("cpu"), pytest.raises(ResumeError, match=r'autocast was "None", is "torch\.bfloat16"'):
+            make().write(images, unfinished, **SMALL_PARTS)
+        with torch.autocast("cpu"), pytest.raises(ResumeError, match=r'autocast was "None", is "torch\.bfloat16"'):
+            make().write(images, unfinished, devices=("cpu",), **SMALL_PARTS)
+        monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+        said = "max_image_pixels was 89478485, is null, load_truncated_images was false, is true"
+        with pytest.raises(ResumeError, match=said):
+            make().write(images, unfinished, **SMALL_PARTS)
 
     @pytest.mark.parametrize("other", OTHERS)
     def test_another_model(self, images, unfinished, model_folder, other):

@@ -24,6 +24,12 @@ except ImportError:  # Windows
     fcntl = None
 
 MANIFEST = "manifest.json"
+OLDER = {  # settings that manifests did not always name, as they were unless somebody had chosen others
+    "members": "*",
+    "autocast": "None",
+    "max_image_pixels": 2**30 // 12,
+    "load_truncated_images": False,
+}
 # Names in a folder of parts.
 OWN = re.compile(r"(\d{8}|whole|(.+\.)?manifest)(\.\w+)?\.(json|jsonl|csv|npy|parquet)(\.\d+)?")
 
@@ -213,7 +219,7 @@ class Parts:
         shutil.rmtree(self._done, ignore_errors=True)
 
     def _check(self, content: Mapping[str, Any], where: Path) -> None:
-        old = {"members": "*"} | content["settings"]  # which manifests did not always name
+        old = OLDER | content["settings"]
         if said := differences(old, self.settings):
             raise ResumeError(f"{where} can't be resumed: {said}; go back to that, or start anew without resuming")
 

@@ -49,6 +49,6 @@ def between_ranks() -> Iterator[Exchange]:
 
 
 @functools.cache
-def _store() -> distributed.Store:
+def _store() -> "distributed.Store":
     """Where the ranks meet. Rank 0 may be serving it: it stays for as long as the process."""
     return next(distributed.rendezvous("env://"))[0]

@@ -8,8 +8,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..arguments import whole_number
+from ..autocast import autocast_dtype
 from ..files import check_writable
+from ..pixels import pillow_settings
 from .compute import Waits
 from .engine import Division
 from .formats import check_ending, output_files
@@ -104,7 +108,7 @@ def write(
         batch_size = exchange(pipeline.batch_size)[0]
         if pipeline.found_batch_size:
             pipeline.batch_size = batch_size
-        job = _job(pipeline, images, output, resume, strict, part_size)
+        job = _job(pipeline, images, output, resume, strict, part_size, devices)
         for rank, settings in enumerate(every := exchange(job.settings)):
             if said := differences(every[0], settings):
                 raise ValueError(f"ranks must have the same settings; from rank 0 to rank {rank}: {said}")
@@ -130,7 +134,15 @@ def _run(job: Job, exchange: Exchange, resume: bool, devices: Sequence[str], cou
         parts.release()
 
 
-def _job(pipeline: "Pipeline", images: Images, output: Path, resume: bool, strict: bool, part_size: int | None) -> Job:
+def _job(
+    pipeline: "Pipeline",
+    images: Images,
+    output: Path,
+    resume: bool,
+    strict: bool,
+    part_size: int | None,
+    devices: Sequence[str],
+) -> Job:
     if resume and pipeline.found_batch_size:  # another try would find another number
         pipeline.batch_size = Parts.batch_size_of(output) or pipeline.batch_size
     if part_size is None:
@@ -138,5 +150,7 @@ def _job(pipeline: "Pipeline", images: Images, output: Path, resume: bool, stric
         part_size = max(1, min(PART_SIZE, PART_BYTES // row))
     part_size = -(-part_size // pipeline.batch_size) * pipeline.batch_size
     chosen = {"members": images.members, "image_column": images.image_column}
-    settings = pipeline.settings() | {"part_size": part_size} | chosen
+    regions = {str(autocast_dtype(torch.device(device))) for device in devices or [pipeline.device]}
+    around = {"autocast": ", ".join(sorted(regions))} | pillow_settings()
+    settings = pipeline.settings() | {"part_size": part_size} | chosen | around
     return Job(pipeline, images, output, Division(part_size, pipeline.batch_size), strict, settings)
