@@ -1,6 +1,7 @@
 """Runs that end early, by SIGKILL above all, and go on: the output is that of a run that did not."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -206,6 +207,57 @@ def test_a_run_of_before_there_were_more_settings(make, images, tmp_path):
         del content["settings"][name]
     manifest.write_text(json.dumps(content), encoding="utf-8")
     assert make().write(images, tmp_path / "out.csv", **SMALL_PARTS).done_now == 0
+
+
+@pytest.mark.parametrize("name", ["00000000.embedding.npy", "00000000.index.csv", "00000000.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "overwritten"])
+def test_damaged_part(make, images, tmp_path, name, damage):
+    """It is made again; where that comes about in the same run, it is not joined."""
+    expected, output = tmp_path / "expected.npy", tmp_path / "out.npy"
+    make(swinfast.Embedder).write(images, expected, part_size=4)
+    file = tmp_path / "out.npy.parts" / name
+    seen: list[str] = []
+
+    def spoil(names, reasons):
+        seen.extend(names)
+        if len(seen) == 16:
+            text = {"cut": file.read_bytes()[:-20], "gone": b"", "overwritten": b"[]"}[damage]
+            file.unlink() if damage == "gone" else file.write_bytes(text)
+
+    with pytest.raises(ResumeError, match=r"00000000\.json .*; --resume makes (it|them) again"):
+        make(swinfast.Embedder).write(images, output, watch=spoil, **SMALL_PARTS)
+    assert not output.exists()
+    assert make(swinfast.Embedder).write(images, output, **SMALL_PARTS).done_now == 4
+    assert output.read_bytes() == expected.read_bytes()
+    index = output.with_suffix(".index.csv").read_text()
+    assert index == expected.with_suffix(".index.csv").read_text()
+
+
+def test_records_of_before_they_had_sizes(make, images, tmp_path):
+    with pytest.raises(StrictError):
+        make().write([*images[:3], *images[4:]], tmp_path / "out.csv", strict=True, **SMALL_PARTS)
+    (record,) = tmp_path.glob("out.csv.parts/0*.json")
+    content = json.loads(record.read_text(encoding="utf-8"))
+    del content["sizes"]
+    record.write_text(json.dumps(content), encoding="utf-8")
+    assert make().write([*images[:3], *images[4:]], tmp_path / "out.csv", **SMALL_PARTS).done_now == 11
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_as_it_starts_anew(make, images, tmp_path):
+    """And deletes the folder of an unfinished run: that goes at once."""
+
+    def anew():
+        make().write(images, tmp_path / "out.csv", part_size=4, watch=lambda *batch: os._exit(0))
+
+    for step in itertools.count():
+        with pytest.raises(StrictError):
+            make().write([*images[:3], *images[4:]], tmp_path / "out.csv", strict=True, part_size=2)
+        whole = set(tmp_path.glob("out.csv.parts/*"))
+        if not killed_before(step, anew):
+            break
+        assert len(set(tmp_path.glob("out.csv.parts/*"))) in (len(whole), 1, 0)
+    assert step > 8
 
 
 @pytest.mark.parametrize("end", ["parts", "parts.done"])

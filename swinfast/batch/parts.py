@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,19 @@ class ResumeError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """A finished part: its images, a digest of their names, and those that failed, with reasons."""
+    """A finished part.
+
+    Attributes:
+        images: How many.
+        digest: Of their names.
+        failures: Those that failed, with reasons.
+        sizes: Of the part's files, by name, in bytes; older records have none.
+    """
 
     images: int
     digest: str
     failures: list[tuple[str, str]]
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ class Parts:
             if all(there) and (not totals.failures or self.errors.exists()):
                 return totals
         if self.folder.exists():
-            shutil.rmtree(self.folder)
+            self._take_away()
         self.folder.mkdir()
         self._take_lock()
         self._write_json(self.folder / MANIFEST, {"settings": self.settings})
@@ -140,12 +148,24 @@ class Parts:
 
     def finished(self) -> set[int]:
         """Numbers of the parts that are done."""
-        return {int(file.stem) for file in self.folder.glob("*.json") if file.name != MANIFEST}
+        numbers = {int(file.stem) for file in self.folder.glob("*.json") if file.name != MANIFEST}
+        return {number for number in numbers if self._is_whole(number)}
 
     def record(self, part: int) -> Record:
-        """Of a finished part."""
-        content = json.loads((self.folder / f"{part:08}.json").read_text(encoding="utf-8"))
-        return Record(content["images"], content["digest"], [tuple(failure) for failure in content["failures"]])
+        """Of a finished part.
+
+        Raises:
+            ResumeError: It, or one of the part's files, is not as it was written.
+        """
+        file = self.folder / f"{part:08}.json"
+        try:
+            record = Record(**json.loads(file.read_text(encoding="utf-8")))
+            sizes = {name: (self.folder / name).stat().st_size for name in record.sizes}
+        except (OSError, ValueError, TypeError) as error:
+            raise ResumeError(f"{file} or what it tells of can't be read: {error}; --resume makes it again") from error
+        if sizes != record.sizes:
+            raise ResumeError(f"{file} tells of {record.sizes} bytes, there are {sizes}; --resume makes them again")
+        return record
 
     def commit(self, part: int, files: list[OutputFile], names: list[str], arrays: Arrays, record: Record) -> None:
         """Write a part's files, then its record: with that it is finished, whatever happens then.
@@ -153,13 +173,15 @@ class Parts:
         Raises:
             OSError: With the number of images that are safe, where the disk is full or the like.
         """
+        sizes = {}
         try:
             for file in files:
                 target = self._file(part, file)
                 temporary = target.with_name(f"{target.name}.{os.getpid()}")
                 file.write(temporary, names, arrays)
+                sizes[target.name] = temporary.stat().st_size
                 _move_into_place(temporary, target)
-            self._write_json(self.folder / f"{part:08}.json", asdict(record))
+            self._write_json(self.folder / f"{part:08}.json", asdict(replace(record, sizes=sizes)))
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -186,8 +208,7 @@ class Parts:
             self._write_json(self.manifest, {"settings": self.settings, "totals": asdict(totals)})
         except OSError as error:
             raise self._unwritable(error) from error
-        self.folder.rename(self._done)  # at once: a folder half deleted would look like an unfinished run
-        self._forget_leftovers()
+        self._take_away()
         return totals
 
     def _take_lock(self) -> None:
@@ -208,12 +229,23 @@ class Parts:
         for part in range(count):
             yield from self.record(part).failures
 
+    def _is_whole(self, part: int) -> bool:
+        try:
+            return bool(self.record(part))
+        except ResumeError:
+            return False
+
     def _file(self, part: int, file: OutputFile) -> Path:
         return self.folder / f"{part:08}{file.suffix}"
 
     @property
     def _done(self) -> Path:
         return self.folder.with_name(self.folder.name + ".done")
+
+    def _take_away(self) -> None:
+        """The folder, at once: one that is half deleted would look like an unfinished run."""
+        self.folder.rename(self._done)
+        self._forget_leftovers()
 
     def _forget_leftovers(self) -> None:
         shutil.rmtree(self._done, ignore_errors=True)
