@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -383,16 +384,37 @@ class TestProcesses:
 
     def test_inputs_that_change(self, model, images, tmp_path, monkeypatch):
         """While processes start: each reads them by itself."""
-        start = processes._start
+        send = processes._send
 
-        def starting(device, job, rank, world):
-            return start(device, replace(job, images=swinfast.Images(tuple(images[rank:]))), rank, world)
+        def sending(child, device, job, rank, world):
+            send(child, device, replace(job, images=swinfast.Images(tuple(images[rank:]))), rank, world)
 
-        monkeypatch.setattr(processes, "_start", starting)
+        monkeypatch.setattr(processes, "_send", sending)
         predictor = swinfast.Predictor(model, batch_size=2, device="cpu")
         with pytest.raises(ResumeError, match=r"process 1 \(cpu\) has read other inputs than process 0 \(cpu\)"):
             predictor.write(images, tmp_path / "out.csv", part_size=2, devices=("cpu", "cpu"))
         assert not (tmp_path / "out.csv").exists()
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT there")
+    def test_interrupt_of_this_process_alone(self, model, images, tmp_path, monkeypatch):
+        """The others are all started at once, and all ended."""
+        order, start, send = [], processes._start, processes._send
+        lines = ["import sys, threading, time", "threading.Thread(target=sys.stdin.buffer.read, daemon=True).start()"]
+        lines += ['print(\'{"names": [], "reasons": []}\', flush=True)', "time.sleep(60)"]
+        monkeypatch.setattr(processes, "CHILD", [sys.executable, "-c", "\n".join(lines)])
+        monkeypatch.setattr(processes, "_start", lambda: order.append(start()) or order[-1])
+        monkeypatch.setattr(processes, "_send", lambda *args: order.append("sent") or send(*args))
+        signals = iter([signal.SIGINT])
+        predictor = swinfast.Predictor(model, batch_size=2, device="cpu")
+        with pytest.raises(KeyboardInterrupt):
+            predictor.write(
+                images,
+                tmp_path / "out.csv",
+                devices=("cpu", "cpu"),
+                watch=lambda *batch: os.kill(os.getpid(), next(signals, 0)),
+            )
+        assert order[2:] == ["sent", "sent"]
+        assert [child.returncode for child in order[:2]] == [-signal.SIGKILL] * 2
 
     def test_errors(self, model, images, bad_images, tmp_path):
         predictor = swinfast.Predictor(model, batch_size=2, device="cpu")

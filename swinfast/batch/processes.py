@@ -1,5 +1,6 @@
 """A run on several devices of one machine: a process for each, which does its share of the parts."""
 
+import contextlib
 import copy
 import json
 import os
@@ -37,22 +38,27 @@ def work_on(devices: Sequence[str], job: Job, watch: Watch) -> Share:
         with lock:
             watch(names, reasons)
 
-    children = [_start(device, job, rank, len(devices)) for rank, device in enumerate(devices)]
+    children: list[subprocess.Popen] = []
     try:
         with ThreadPoolExecutor(len(devices)) as pool:
-            following = [pool.submit(_follow, *pair, told) for pair in zip(children, devices, strict=True)]
-            _, running = wait(following, return_when=FIRST_EXCEPTION)
-            for child in children if running else ():
-                child.kill()
-        failed = [future.exception() for future in following if future.exception() is not None]
-        if failed:
-            raise min(failed, key=lambda error: isinstance(error, _Ended))  # rather a reason than that one was ended
+            try:
+                children.extend(_start() for _ in devices)  # each imports PyTorch before it reads its job
+                for rank, (child, device) in enumerate(zip(children, devices, strict=True)):
+                    _send(child, device, job, rank, len(devices))
+                following = [pool.submit(_follow, *pair, told) for pair in zip(children, devices, strict=True)]
+                wait(following, return_when=FIRST_EXCEPTION)
+            finally:  # also where this process is interrupted: the threads end with what they follow
+                for child in children:
+                    child.kill()
     finally:
         for child in children:
-            child.kill()
             child.wait()
-            child.stdin.close()
             child.stdout.close()
+            with contextlib.suppress(BrokenPipeError):  # of what it was not told any more
+                child.stdin.close()
+    failed = [future.exception() for future in following if future.exception() is not None]
+    if failed:
+        raise min(failed, key=lambda error: isinstance(error, _Ended))  # rather a reason than that one was ended
     shares = [future.result() for future in following]
     numbered = enumerate(zip(devices, shares, strict=True))
     check_same_inputs({f"process {number} ({device})": share.digest for number, (device, share) in numbered})
@@ -66,9 +72,12 @@ class _Ended(RuntimeError):
     """A process ended without a word."""
 
 
-def _start(device: str, job: Job, rank: int, world: int) -> subprocess.Popen:
+def _start() -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)}
-    child = subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    return subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+
+def _send(child: subprocess.Popen, device: str, job: Job, rank: int, world: int) -> None:
     pipeline = copy.copy(job.pipeline)
     pipeline.say = None  # each process has its own
     pipeline.workers = -(-pipeline.workers // world)
@@ -78,12 +87,9 @@ def _start(device: str, job: Job, rank: int, world: int) -> subprocess.Popen:
     threads = max(1, usable_cores() // world) if on_cpu and pipeline.threads == 0 else 1  # of each call of PyTorch
     message = {"device": device, "rank": rank, "world": world, "threads": threads}
     message |= {"pillow": pillow_settings(), "autocast": autocast_dtype(torch.device(device))}  # as they are here
-    try:
+    with contextlib.suppress(BrokenPipeError):  # it will be seen when it is followed
         pickle.dump((message, replace(job, pipeline=pipeline)), child.stdin)
         child.stdin.flush()
-    except BrokenPipeError:  # it will be seen when it is followed
-        pass
-    return child
 
 
 def _follow(child: subprocess.Popen, device: str, watch: Watch) -> Share:
