@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -270,7 +271,12 @@ def _names(paths: Iterable[str], filesystem: Any) -> Iterator[str]:
             continue
         found = where.get_file_info(fs.FileSelector(root, recursive=True))
         inside = sorted(info.path for info in found if info.is_file and has_image_ending(info.path))
-        yield from (path.rstrip("/") + file[len(root.rstrip("/")) :] for file in inside)
+        if filesystem is not None:
+            yield from inside
+            continue
+        folder, mark, query = path.partition("?")
+        below = (quote(file[len(root.rstrip("/")) :], errors="surrogateescape") for file in inside)
+        yield from (folder.rstrip("/") + name + mark + query for name in below)
 
 
 def _resolved(path: str, filesystem: Any) -> tuple[Any, str]:

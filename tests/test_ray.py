@@ -87,6 +87,18 @@ def test_names_of_any_filesystem(images, tmp_path):
     assert swinfast.ray._Opened(f"{uri}/{images[1].name}", None).source() == images[1].read_bytes()
 
 
+def test_names_that_uris_escape(tmp_path):
+    """Each URI means the file that was found, and what comes after its path stays there."""
+    names = ["[1] 50%.png", "a b.png", "a#b?.png", "a%62.png", "ab.png", "sub dir/a+b.png", "ä.png"]
+    for name in names:
+        (tmp_path / "100% mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "100% mine" / name).write_text(name)
+    uri = (tmp_path / "100% mine").as_uri()
+    assert [swinfast.ray._Opened(found, None).source().decode() for found in swinfast.ray._names([uri], None)] == names
+    first = next(swinfast.ray._names([f"{uri}/?mode=slow"], None))
+    assert first == f"{uri}/%5B1%5D%2050%25.png?mode=slow"
+
+
 def test_archives_in_folders_are_left_out(images, tmp_path):
     """The same on disks as elsewhere; one that is named is told to be no image."""
     folder = tmp_path / "photos"
