@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 FILENAME, PIXELS, ERROR = "filename", "pixels", "error"
 ORDER = "order"  # of the inputs: blocks that ran again come later
+UNFINISHED, ERRORS, NEW = ".unfinished", ".errors", ".new"  # folders beside the output
+RENAMING = ("local", "hdfs")  # filesystems that rename a folder at once
 Model = nn.Module | str
 
 
@@ -103,7 +105,8 @@ def predict(paths: str | Path | Iterable[str | Path], output: str, *, model: Mod
             filesystem that Ray (that is, pyarrow) reads. Tar shards and parquet files in folders are left out.
         output: A folder for parquet files with the rows of ``swinfast predict --output FILE.parquet``, in the order of
             the inputs; where images failed, output.errors has their names and the reasons. Both are written
-            once everything is computed; until then results are in output.unfinished, and older ones stay.
+            once everything is computed; until then results are in output.unfinished, and older ones stay. On disks and
+            HDFS, where folders can be renamed, these stay until the new ones are written too, in output.new.
         model: A model, or the name or folder of one.
         **options: batch_size (32), concurrency (how many actors, or (least, most); by default one for each GPU, or one
             for each two cores), num_gpus (of an actor; by default 1 where the cluster has GPUs), num_cpus (of an
@@ -112,7 +115,7 @@ def predict(paths: str | Path | Iterable[str | Path], output: str, *, model: Mod
             the cluster's CPUs decode.
 
     Raises:
-        RuntimeError: Ray is not installed.
+        RuntimeError: Ray is not installed, or gave results of other than all images.
         ValueError: There are no images, the output and an input lie one in the other, or what is there at the output is
             not a folder of parquet files alone.
     """
@@ -180,28 +183,38 @@ def _run(
         num_gpus=num_gpus or None,
         num_cpus=num_cpus,
     )
-    return _write(computed, output, filesystem)
+    return _write(computed, output, filesystem, len(names))
 
 
 _RANGE = ("min_size", "max_size")
 
 
-def _write(computed: "ray.data.Dataset", output: str, filesystem: Any) -> Summary:
-    """Everything first, then good rows and failures apart, in place of older ones."""
+def _write(computed: "ray.data.Dataset", output: str, filesystem: Any, given: int) -> Summary:
+    """Everything first, then good rows and failures apart, in place of older ones: beside these, where a folder can be
+    renamed."""
     data = import_extra("ray.data", "ray")
-    unfinished, errors = _beside(output)
+    unfinished, errors = output + UNFINISHED, output + ERRORS
     _remove(unfinished, filesystem)
     computed.write_parquet(unfinished, filesystem=filesystem)
     whole = data.read_parquet(unfinished, filesystem=filesystem).sort(ORDER).materialize()
     whole.context.execution_options.preserve_order = True
+    whole.context.max_errored_blocks = 0  # whatever the program allows otherwise
     images = whole.count()
+    if images != given:
+        raise RuntimeError(f"Ray gave results of {images} images, {given} were given to it; they are in {unfinished}")
     failed = whole.map_batches(_failures, batch_format="pyarrow")
     failures = failed.count()
-    _remove(errors, filesystem)
-    if failures:
-        failed.write_parquet(errors, filesystem=filesystem)
-    _remove(output, filesystem)
-    whole.map_batches(_good, batch_format="pyarrow").write_parquet(output, filesystem=filesystem)
+    results = {output: whole.map_batches(_good, batch_format="pyarrow")} | ({errors: failed} if failures else {})
+    new = NEW if _located(output, filesystem)[0].type_name in RENAMING else ""
+    for folder in (errors, output):
+        _remove(folder + new, filesystem)
+    for folder, rows in results.items():
+        rows.write_parquet(folder + new, filesystem=filesystem)
+    for folder in (errors, output) if new else ():
+        _remove(folder, filesystem)
+        if folder in results:
+            where, place = _located(folder, filesystem)
+            where.move(_located(folder + new, filesystem)[1], place)
     _remove(unfinished, filesystem)
     return Summary(images, failures)
 
@@ -283,16 +296,11 @@ def _resolved(path: str, filesystem: Any) -> tuple[Any, str]:
     return (filesystem, path) if filesystem is not None else import_extra("pyarrow.fs", "ray").FileSystem.from_uri(path)
 
 
-def _beside(output: str) -> tuple[str, str]:
-    """Folders of results that are unfinished, and of failures."""
-    return f"{output}.unfinished", f"{output}.errors"
-
-
 def _check_output(output: str, paths: list[str], filesystem: Any) -> None:
     """ValueError for an output that is not apart from the inputs, or that would replace anything but older results."""
     fs = import_extra("pyarrow.fs", "ray")
     places = [(path, *_place(path, filesystem)) for path in paths]
-    for folder in (output, *_beside(output)):
+    for folder in (output + end for end in ("", UNFINISHED, ERRORS, NEW, ERRORS + NEW)):
         kind, place = _place(folder, filesystem)
         for path, other, given in places:
             if kind == other and (place.is_relative_to(given) or given.is_relative_to(place)):

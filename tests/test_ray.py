@@ -184,7 +184,7 @@ class TestOutputs:
         inside = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
         refused("must be apart, one is in the other", "/photos", "photos/out", filesystem=inside)
 
-    @pytest.mark.parametrize("folder", ["out", "out.errors", "out.unfinished"])
+    @pytest.mark.parametrize("folder", ["out", "out.errors", "out.unfinished", "out.new", "out.errors.new"])
     @pytest.mark.parametrize("name", ["notes.txt", "more/older.parquet", ""])
     def test_that_others_wrote(self, refused, tmp_path, folder, name):
         (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +199,70 @@ class TestOutputs:
             swinfast.ray.predict(images, str(tmp_path / "out"), model=str(model_folder))
         del before[tmp_path / "out.unfinished/older.parquet"]
         assert contents(tmp_path) == before
+
+    @pytest.fixture
+    def write(self, stand_in, tmp_path, monkeypatch):
+        """Writes three images' results, one of them a failure, as tables that stand in for Ray's data sets."""
+
+        class Rows:
+            context = SimpleNamespace(execution_options=SimpleNamespace())
+
+            def __init__(self, table: "arrow.Table"):
+                self.table, self.count = table, lambda: table.num_rows
+
+            def map_batches(self, function, **options):
+                return Rows(function(self.table))
+
+            def sort(self, column):
+                return Rows(self.table.sort_by(column))
+
+            def materialize(self):
+                return self
+
+            def write_parquet(self, folder, filesystem):
+                where, path = swinfast.ray._located(folder, filesystem)
+                where.create_dir(path)
+                parquet.write_table(self.table, f"{path}/{self.table.num_rows}.parquet", filesystem=where)
+                if broken and not folder.endswith(".unfinished"):
+                    raise OSError("no space left on device")
+
+        def read(folder, filesystem):
+            where, path = swinfast.ray._located(folder, filesystem)
+            return Rows(parquet.read_table(path, filesystem=where))
+
+        broken = []
+        sys.modules["ray.data"].read_parquet = read
+        order, names = swinfast.ray.ORDER, ["two", "one", "three"]
+        table = arrow.table({"filename": names, "error": [None, None, "cut"], order: [1, 0, 2]})
+
+        def run(given: int = 3, fails: bool = False, filesystem: object = None) -> swinfast.ray.Summary:
+            broken.extend([True] * fails)
+            output = "out" if filesystem else str(tmp_path / "out")
+            return swinfast.ray._write(Rows(table), output, filesystem, given)
+
+        return run
+
+    @pytest.mark.parametrize("renames", [True, False])
+    def test_they_are_replaced(self, write, tmp_path, renames):
+        for name in ("out", "out.errors", "out.new"):
+            write_older(tmp_path / name)
+        filesystem = None if renames else fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+        assert write(filesystem=filesystem) == swinfast.ray.Summary(images=3, failures=1)
+        assert parquet.read_table(tmp_path / "out").to_pylist() == [{"filename": "one"}, {"filename": "two"}]
+        assert parquet.read_table(tmp_path / "out.errors").to_pylist() == [{"filename": "three", "reason": "cut"}]
+        left = {"out", "out.errors"} | ({"out.new"} if not renames else set())
+        assert {folder.name for folder in tmp_path.iterdir()} - {"photos"} == left
+
+    @pytest.mark.parametrize("options, error", [({"given": 4}, RuntimeError), ({"fails": True}, OSError)])
+    def test_older_ones_stay_when_it_fails(self, write, tmp_path, options, error):
+        """Ray gives less than all, or new ones can't be written."""
+        for name in ("out", "out.errors"):
+            write_older(tmp_path / name)
+        before = contents(tmp_path)
+        with pytest.raises(error, match=r"Ray gave results of 3 images, 4 were given|no space"):
+            write(**options)
+        assert before.items() <= contents(tmp_path).items()
+        assert parquet.read_table(tmp_path / "out.unfinished").num_rows == 3
 
 
 def test_without_ray(model_folder, images, monkeypatch):
