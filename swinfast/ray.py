@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import ray.data
 
 FILENAME, PIXELS, ERROR = "filename", "pixels", "error"
-ORDER = "order"  # of the inputs: blocks that ran again come later
+ORDER = "_swinfast_order"  # of the inputs: blocks that ran again come later
 UNFINISHED, ERRORS, NEW = ".unfinished", ".errors", ".new"  # folders beside the output
 RENAMING = ("local", "hdfs")  # filesystems that rename a folder at once
 Model = nn.Module | str
@@ -50,9 +50,9 @@ class Summary:
 class _Actor:
     """A Pipeline for ``Dataset.map_batches``.
 
-    Takes batches with "pixels", as ``decode`` makes them, or with "bytes" of image files; images are named by
-    "filename" or else "path". Gives tables: "filename", the columns of swinfast's parquet files, and "error", which is
-    null for the images that could be read; the others have nulls for their results.
+    Takes batches with "pixels", as ``decode`` makes them (uint8 [B, H, W, C]), or with "bytes" of image files; images
+    are named by "filename" or else "path". Gives tables: "filename", the columns of swinfast's parquet files, and
+    "error", which is null for the images that could be read; the others have nulls for their results.
 
     Args:
         model: A model, or the name or folder of one for swinfast.create_model, whose weights every machine then needs.
@@ -68,13 +68,18 @@ class _Actor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> "pyarrow.Table":
         arrow = import_extra("pyarrow", "ray")
+        if not {FILENAME, "path"} & batch.keys() or not {PIXELS, "bytes"} & batch.keys():
+            raise ValueError(f"a batch must have columns filename or path, and pixels or bytes, got {', '.join(batch)}")
         names = [str(name) for name in batch[FILENAME if FILENAME in batch else "path"]]
         if PIXELS not in batch:
             batch = batch | _decoded(batch["bytes"].tolist(), self._pipeline.crop)
-        reasons = [reason or None for reason in batch[ERROR]]
+        reasons = [reason or None for reason in batch.get(ERROR, [None] * len(names))]
         arrays = self._pipeline.no_rows()
         if None in reasons:
-            pixels = np.stack(batch[PIXELS])[[reason is None for reason in reasons]]
+            pixels, channels = np.stack(batch[PIXELS]), self._pipeline.crop.channels
+            if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != channels:
+                raise ValueError(f"pixels must be uint8 [B, H, W, {channels}], got {pixels.dtype} {[*pixels.shape]}")
+            pixels = pixels[[reason is None for reason in reasons]]
             reasons, arrays = judged(reasons, self._pipeline.compute_pixels(torch.from_numpy(pixels)))
         good = np.array([reason is None for reason in reasons], dtype=bool)
         rows = np.cumsum(good) - 1
@@ -268,7 +273,7 @@ class _Loader:
         self._crop = crop
 
     def load(self, source: Any) -> Any:
-        return self._crop.load(source.source() if isinstance(source, _Opened) else source)
+        return self._crop.load(source.source() if isinstance(source, _Opened) else bytes(memoryview(source)))
 
 
 def _names(paths: Iterable[str], filesystem: Any) -> Iterator[str]:

@@ -67,6 +67,50 @@ def test_only_failures(model_folder, bad_images):
     assert "cannot identify" in row["error"]
 
 
+class TestBatches:
+    @pytest.fixture
+    def actor(self, model_folder) -> swinfast.ray.Predictor:
+        return swinfast.ray.Predictor(str(model_folder), topk=1, device="cpu")
+
+    def test_columns_of_others(self, actor, images):
+        """They are left out, whatever they are called."""
+        others = {"order": np.array(["A-17"]), "label": np.array(["cat"])}
+        batch = {"path": np.array(["a.png"]), "bytes": np.array([images[0].read_bytes()], object)}
+        assert actor(batch | others).equals(actor(batch))
+
+    def test_bytes_of_other_types(self, actor, images):
+        data = images[0].read_bytes()
+        values = np.array([data, bytearray(data), memoryview(data), None, str(images[0])], object)
+        rows = actor({"path": np.array([*"abcde"]), "bytes": values}).to_pylist()
+        assert len({row["top1_prob"] for row in rows[:3]}) == 1
+        for row, kind in zip(rows[3:], ("NoneType", "str"), strict=True):
+            assert row["top1_prob"] is None
+            assert row["error"] == f"TypeError: memoryview: a bytes-like object is required, not '{kind}'"
+
+    @pytest.mark.parametrize("columns", [("path", "image"), ("bytes", "label")])
+    def test_columns_that_are_missing(self, actor, columns):
+        said = f"columns filename or path, and pixels or bytes, got {', '.join(columns)}"
+        with pytest.raises(ValueError, match=said):
+            actor({name: np.array([b""]) for name in columns})
+
+    @pytest.mark.parametrize(
+        "pixels, got",
+        [
+            (np.zeros((1, 32, 32, 3), np.float32), r"float32 \[1, 32, 32, 3\]"),
+            (np.zeros((1, 3, 32, 32), np.uint8), r"uint8 \[1, 3, 32, 32\]"),
+            (np.zeros(1, np.int64), r"int64 \[1\]"),
+        ],
+        ids=["float32", "channels first", "a number"],
+    )
+    def test_other_pixels(self, actor, pixels, got):
+        with pytest.raises(ValueError, match=rf"pixels must be uint8 \[B, H, W, 3\], got {got}"):
+            actor({"filename": np.array(["a.png"]), "pixels": pixels})
+
+    def test_pixels_alone(self, actor):
+        (row,) = actor({"path": np.array(["a.png"]), "pixels": np.zeros((1, 32, 32, 3), np.uint8)}).to_pylist()
+        assert row["error"] is None and row["top1_prob"] > 0
+
+
 def test_embedder(model_folder, images):
     model = swinfast.create_model(str(model_folder))
     expected = [result.arrays["embedding"] for result in swinfast.Embedder(model, device="cpu").extract(images)]
