@@ -1,5 +1,6 @@
 """Inputs: every kind gives the same images, with names, in a fixed order, and tells what is wrong with it."""
 
+import glob
 import io
 import os
 import pickle
@@ -295,6 +296,22 @@ def test_folders_are_walked_in_the_order_of_paths(tmp_path):
     assert found == sorted(found)
     assert len(found) == 9
     assert str(tmp_path / "gone.png") in found
+
+
+def test_patterns_go_through_no_links_to_folders(tmp_path, monkeypatch):
+    """Of which two that lead back would never end. Otherwise they match as glob.glob says, each file once."""
+    for name in ("a.png", "s[1]/b.png", "s[1]/s/c.png", "s2/s/d.png", "s2/e.jpg", ".hidden/f.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    monkeypatch.chdir(tmp_path / "in")
+    patterns = ["**/*.png", "**", "**/", "./**/*.png", "s*/**/*.png", "**/s/**/*.png", "s2/**", "**.png", "n/**/*.png"]
+    patterns += [f"{tmp_path}/i*/**/s/*.png", "../in/**/**/*.png", "**/s*/*"]
+    expected = [glob.glob(pattern, recursive=True) for pattern in patterns]  # noqa: PTH207
+    for name in ("one", "two"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "in")
+    for pattern, matches in zip(patterns, expected, strict=True):
+        files = sorted({file for file in matches if Path(file).is_file()})
+        assert list(Images((pattern,)).files()) == (files or [pattern])
 
 
 def test_folders_are_not_listed_before_they_are_needed(tmp_path, monkeypatch):

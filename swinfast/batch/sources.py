@@ -247,13 +247,28 @@ def _expand(path: str, is_exact: bool) -> Iterator[str]:
         if path and Path(path).is_dir():
             found = _walk(path if path.endswith(os.sep) else str(Path(path)))
         elif not is_exact and not Path(path).exists() and glob.has_magic(path):
-            matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute ones)
-            found = [match for match in matches if _may_be_file(Path(match))] or [path]
+            found = [match for match in sorted(_matches(path)) if _may_be_file(Path(match))] or [path]
         else:
             found = [path]
     except (OSError, ValueError):  # reading it says the same
         found = [path]
     yield from found
+
+
+def _matches(pattern: str) -> set[str]:
+    """What a pattern means, as for glob.glob, but that ** goes through no link to a folder: it could lead back."""
+    separators = re.escape(os.sep + (os.altsep or ""))
+    head, *tail = re.split(rf"(?<![^{separators}])\*\*(?:[{separators}]|$)", pattern, maxsplit=1)
+    if not tail:
+        return set(glob.glob(pattern))  # noqa: PTH207 (Path.glob takes no absolute ones)
+    matches = set()
+    for folder in glob.glob(head) if head else [""]:  # noqa: PTH207
+        for place, names, _ in os.walk(folder or os.curdir):
+            names[:] = [name for name in names if not name.startswith(".")]
+            below = place[len(folder or os.curdir) :].lstrip(os.sep)
+            rest = tail[0] or "*" * pattern.endswith("**")
+            matches |= _matches(os.path.join(glob.escape(os.path.join(folder, below)), rest))  # noqa: PTH118
+    return matches
 
 
 def _walk(folder: str) -> Iterator[str]:
