@@ -2,12 +2,13 @@
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 
 from . import __version__, cli_bench, cli_predict
 from .batch.formats import ESCAPE
-from .exit_codes import INTERRUPTED, UNUSABLE
+from .exit_codes import INTERRUPTED, UNREAD, UNUSABLE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,7 +17,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors=ESCAPE)
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        code = options.run(options)
+        print(end="", flush=True)  # rather here than as the interpreter ends
+        return code
+    except BrokenPipeError:  # whoever read the output, such as head, wants no more of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in the buffer
+        return UNREAD
     except (ValueError, RuntimeError, OSError, AssertionError) as error:  # timm's checks of sizes are assertions
         print(f"swinfast: error: {error}", file=sys.stderr)
         return UNUSABLE

@@ -1,3 +1,4 @@
-"""What a command returns: done; done but for some images or engines, or verified and failed; unusable; interrupted."""
+"""What a command returns: done; done but for some images or engines, or verified and failed; unusable; interrupted;
+ended as nobody reads its output any more, as by SIGPIPE."""
 
-OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+OK, SOME_FAILED, UNUSABLE, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141

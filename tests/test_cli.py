@@ -336,6 +336,17 @@ def test_interrupted_while_loading(predict, photos, monkeypatch):
     assert predict(photos) == 130
 
 
+def test_output_that_nobody_reads(predict, photos, monkeypatch, capsys):
+    """As by head: no word about it, nor as what is left is flushed."""
+    readable, writable = os.pipe()
+    os.close(readable)
+    with os.fdopen(writable, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert predict(photos) == 141
+        stream.write("more")
+    assert capsys.readouterr().err == ""
+
+
 def command(model_folder, *arguments) -> list[str]:
     options = ["--model", model_folder, "--device", "cpu"]
     return [sys.executable, "-m", "swinfast", "predict", *map(str, [*arguments, *options])]
