@@ -3,7 +3,8 @@
     import ray, swinfast.ray
     swinfast.ray.predict("s3://bucket/photos", "s3://bucket/predictions", model="swinv2_cr_tiny_ns_224")
 
-Decoding runs as tasks on CPUs, the model in actors. Tasks and actors that are lost with their machine run again.
+Decoding runs as tasks on CPUs, the model in actors; on a cluster without GPUs these decode as well. Tasks and actors
+that are lost with their machine run again.
 """
 
 import os
