@@ -38,7 +38,7 @@ def as_ranks(monkeypatch) -> Callable[..., list]:
         processes, ends = [], []
         for rank in range(2):
             ours, theirs = get_context("fork").Pipe(duplex=False)
-            processes.append(get_context("fork").Process(target=answer, args=(function, rank, theirs)))
+            processes.append(get_context("fork").Process(target=answer, args=(function, rank, theirs), daemon=True))
             processes[-1].start()
             theirs.close()
             ends.append(ours)

@@ -15,13 +15,18 @@ LONGEST = timedelta(days=30)  # that one rank may compute for longer than anothe
 _runs = itertools.count()  # the same in all ranks
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are; 0 of 1 without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextmanager
 def between_ranks() -> Iterator[Exchange]:
     """An Exchange for one run; without torchrun, of a single process.
 
     Where a rank leaves with an error, or is killed, the next exchange of the others is a RuntimeError.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_and_world()
     if world == 1:
         yield lambda value: [value]
         return

@@ -1,7 +1,6 @@
 """A whole run: begin or resume, share the work out, join the parts."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from .engine import Division
 from .formats import check_ending, output_files
 from .parts import Parts, differences
 from .processes import work_on
-from .ranks import Exchange, between_ranks
+from .ranks import Exchange, between_ranks, rank_and_world
 from .share import Job, Watch, check_same_inputs, work
 from .sources import Images
 
@@ -100,7 +99,7 @@ def write(
         check_writable("what is written with output", file)
     if images.output is None or Path(images.output) != output:  # else all paths were checked against it already
         images = replace(images, output=str(output))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and devices:
+    if devices and rank_and_world()[1] > 1:
         raise ValueError("devices can't be given under torchrun, where every process has its own")
     for device in devices:  # said before anything is started or thrown away
         pipeline.check_device(device)
@@ -117,7 +116,7 @@ def write(
 
 def _run(job: Job, exchange: Exchange, resume: bool, devices: Sequence[str], count: "_Count") -> Summary:
     """Rank 0 begins and, once all have done their shares, joins the parts; so does a process that is alone."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_and_world()
     parts = job.parts()
     try:
         finished = exchange(parts.begin(resume, job.files()) if rank == 0 else None)[0]  # and nobody writes before
