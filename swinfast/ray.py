@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 FILENAME, PIXELS, ERROR = "filename", "pixels", "error"
 ORDER = "_swinfast_order"  # of the inputs: blocks that ran again come later
 UNFINISHED, ERRORS, NEW = ".unfinished", ".errors", ".new"  # folders beside the output
-RENAMING = ("local", "hdfs")  # filesystems that rename a folder at once
 Model = nn.Module | str
 
 
@@ -111,8 +110,8 @@ def predict(paths: str | Path | Iterable[str | Path], output: str, *, model: Mod
             filesystem that Ray (that is, pyarrow) reads. Tar shards and parquet files in folders are left out.
         output: A folder for parquet files with the rows of ``swinfast predict --output FILE.parquet``, in the order of
             the inputs; where images failed, output.errors has their names and the reasons. Both are written
-            once everything is computed; until then results are in output.unfinished, and older ones stay. On disks and
-            HDFS, where folders can be renamed, these stay until the new ones are written too, in output.new.
+            once everything is computed; until then results are in output.unfinished, and older ones stay, on
+            disks until the new ones are written, in output.new.
         model: A model, or the name or folder of one.
         **options: batch_size (32), concurrency (how many actors, or (least, most); by default one for each GPU, or one
             for each two cores), num_gpus (of an actor; by default 1 where the cluster has GPUs), num_cpus (of an
@@ -211,7 +210,7 @@ def _write(computed: "ray.data.Dataset", output: str, filesystem: Any, given: in
     failed = whole.map_batches(_failures, batch_format="pyarrow")
     failures = failed.count()
     results = {output: whole.map_batches(_good, batch_format="pyarrow")} | ({errors: failed} if failures else {})
-    new = NEW if _located(output, filesystem)[0].type_name in RENAMING else ""
+    new = NEW if _located(output, filesystem)[0].type_name == "local" else ""  # others may not rename folders at once
     for folder in (errors, output):
         _remove(folder + new, filesystem)
     for folder, rows in results.items():
