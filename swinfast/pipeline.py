@@ -21,7 +21,7 @@ from .batch.decode import usable_cores
 from .batch.engine import Division, Done
 from .batch.formats import Layout
 from .batch.run import Summary, write
-from .batch.share import Watch
+from .batch.share import Listener
 from .batch.sources import Images, Item
 from .calls import is_transformed
 from .fused import FusedPatchEmbed
@@ -95,7 +95,7 @@ class Pipeline:
         strict: bool = False,
         part_size: int | None = None,
         devices: Sequence[str] = (),
-        watch: Watch | None = None,
+        watch: Listener | None = None,
     ) -> Summary:
         """Write the results of any number of images to a file, in finished parts that survive whatever happens.
 

@@ -20,13 +20,13 @@ from ..pixels import pillow_settings, set_pillow
 from .compute import Waits
 from .decode import usable_cores
 from .parts import ResumeError
-from .share import Job, Share, StrictError, Watch, check_same_inputs, work
+from .share import Job, Listener, Share, StrictError, check_same_inputs, work
 
 ERRORS = {error.__name__: error for error in (ResumeError, StrictError, OSError, ValueError)}
 CHILD = [sys.executable, "-c", "from swinfast.batch.processes import main; main()"]
 
 
-def work_on(devices: Sequence[str], job: Job, watch: Watch) -> Share:
+def work_on(devices: Sequence[str], job: Job, watch: Listener) -> Share:
     """Do all parts of a job, part i on device i % len(devices).
 
     Raises:
@@ -92,7 +92,7 @@ def _send(child: subprocess.Popen, device: str, job: Job, rank: int, world: int)
         child.stdin.flush()
 
 
-def _follow(child: subprocess.Popen, device: str, watch: Watch) -> Share:
+def _follow(child: subprocess.Popen, device: str, watch: Listener) -> Share:
     """Read what a process tells: lines of JSON."""
     for line in child.stdout:
         told = json.loads(line)

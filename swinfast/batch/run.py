@@ -19,7 +19,7 @@ from .formats import check_ending, output_files
 from .parts import Parts, differences
 from .processes import work_on
 from .ranks import Exchange, between_ranks, rank_and_world
-from .share import Job, Watch, check_same_inputs, work
+from .share import Job, Listener, check_same_inputs, work
 from .sources import Images
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Summary:
 class _Count:
     """Passes batches on to a watch, and counts."""
 
-    watch: Watch | None
+    watch: Listener | None
     images: int = 0
 
     def __call__(self, names: list[str], reasons: list[str | None]) -> None:
@@ -85,7 +85,7 @@ def write(
     strict: bool,
     part_size: int | None,
     devices: Sequence[str],
-    watch: Watch | None,
+    watch: Listener | None,
 ) -> Summary:
     """Pipeline.write."""
     if part_size is not None:

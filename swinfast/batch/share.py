@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..pipeline import Pipeline
 
 COMMITS_WAITING = 2  # parts that are computed but not yet on the disk
-Watch = Callable[[list[str], Reasons], None]  # told of every batch: names, and reasons of failures
+Listener = Callable[[list[str], Reasons], None]  # told of every batch: names, and reasons of failures
 
 
 class StrictError(RuntimeError):
@@ -72,7 +72,7 @@ class _Wanted:
         return part % self._world == self._rank and part not in self._finished
 
 
-def work(job: Job, watch: Watch, rank: int = 0, world: int = 1) -> Share:
+def work(job: Job, watch: Listener, rank: int = 0, world: int = 1) -> Share:
     """Do the parts number rank, rank + world, … of a job that has begun.
 
     Raises:
