@@ -12,6 +12,7 @@ import numpy as np
 
 from .compute import Arrays
 from .optional import import_extra
+from .places import Places
 
 ESCAPE = "backslashreplace"  # for names whose bytes are not UTF-8
 PREDICTIONS = (".csv", ".jsonl", ".parquet")
@@ -80,7 +81,7 @@ def output_files(output: Path, layout: Layout) -> list[OutputFile]:
         return [OutputFile(".jsonl", output, lambda *part: _write_jsonl(layout, *part), _concatenate)]
     if output.suffix == ".parquet":
         return [_parquet(output, layout)]
-    index = _csv(output.with_suffix(".index.csv"), ["filename"], lambda names, arrays: ([name] for name in names))
+    index = _csv(Places.of(output).index, ["filename"], lambda names, arrays: ([name] for name in names))
     single = len(layout.arrays) == 1
     return [index._replace(suffix=".index.csv")] + [
         _npy(name, output if single else output.with_suffix(f".{name}.npy"), *shape_and_dtype)

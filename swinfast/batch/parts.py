@@ -17,6 +17,7 @@ from typing import Any
 from .compute import Arrays
 from .engine import PartEnd
 from .formats import OutputFile, write_csv
+from .places import Places
 
 try:
     import fcntl
@@ -75,10 +76,9 @@ class Parts:
     def __init__(self, output: Path, settings: Mapping[str, Any]):
         self.output = output
         self.settings = json.loads(json.dumps(settings))
-        self.folder = output.with_name(output.name + ".parts")
-        self.manifest = output.with_name(output.name + ".manifest.json")
+        places = Places.of(output)
+        self.folder, self.manifest, self.errors, self._done = places.parts, places.manifest, places.errors, places.done
         self._lock: int | None = None
-        self.errors = output.with_name(output.name + ".errors.csv")
 
     def begin(self, resume: bool, files: list[OutputFile]) -> Totals | None:
         """Make the folder, or find it again; Totals where the whole run is finished already, with all of its files.
@@ -237,10 +237,6 @@ class Parts:
 
     def _file(self, part: int, file: OutputFile) -> Path:
         return self.folder / f"{part:08}{file.suffix}"
-
-    @property
-    def _done(self) -> Path:
-        return self.folder.with_name(self.folder.name + ".done")
 
     def _take_away(self) -> None:
         """The folder, at once: one that is half deleted would look like an unfinished run."""

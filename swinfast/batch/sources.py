@@ -19,6 +19,7 @@ from PIL import Image, ImageFile
 
 from ..pixels import Source
 from .optional import import_extra
+from .places import Places
 from .worker import reason_of
 
 TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -64,9 +65,8 @@ class Images:
         for path in filter(self._is_written, self.paths):
             raise ValueError(f"{path} is written by this run, and can't be an input of it")
         if self.output is not None and self.files_from is not None:
-            output, given = _place(self.output), Path(os.path.realpath(self.files_from))
-            beside = [output.with_name(output.name + end) for end in (".errors.csv", ".manifest.json")]
-            if given in (output, output.with_suffix(".index.csv"), *beside):
+            written, given = Places.of(_place(self.output)), Path(os.path.realpath(self.files_from))
+            if given in written:
                 raise ValueError(f"{self.files_from} is written by this run, and can't be the list of its inputs")
 
     def __iter__(self) -> Iterator[Item]:
@@ -115,8 +115,8 @@ class Images:
         """Whether a path is the output, or the folder of its parts, or in there, or a link to one of these."""
         if self.output is None:
             return False
-        output = _place(self.output)
-        own = {output, Path(f"{output}.parts"), Path(f"{output}.parts.done")}
+        written = Places.of(_place(self.output))
+        own = {written.output, written.parts, written.done}
         try:
             places = _place(path), Path(os.path.realpath(path))
         except ValueError:  # no path at all, as reading it says
