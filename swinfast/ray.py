@@ -197,7 +197,7 @@ _RANGE = ("min_size", "max_size")
 def _write(computed: "ray.data.Dataset", output: str, filesystem: Any, given: int) -> Summary:
     """Everything first, then good rows and failures apart, in place of older ones: beside these, where a folder can be
     renamed."""
-    data = import_extra("ray.data", "ray")
+    data, fs = import_extra("ray.data", "ray"), import_extra("pyarrow.fs", "ray")
     unfinished, errors = output + UNFINISHED, output + ERRORS
     _remove(unfinished, filesystem)
     computed.write_parquet(unfinished, filesystem=filesystem)
@@ -217,9 +217,9 @@ def _write(computed: "ray.data.Dataset", output: str, filesystem: Any, given: in
         rows.write_parquet(folder + new, filesystem=filesystem)
     for folder in (errors, output) if new else ():
         _remove(folder, filesystem)
-        if folder in results:
-            where, place = _located(folder, filesystem)
-            where.move(_located(folder + new, filesystem)[1], place)
+        where, place = _located(folder + new, filesystem)
+        if where.get_file_info(place).type == fs.FileType.Directory:  # Ray makes no folder for no rows
+            where.move(place, _located(folder, filesystem)[1])
     _remove(unfinished, filesystem)
     return Summary(images, failures)
 

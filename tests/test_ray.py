@@ -246,7 +246,7 @@ class TestOutputs:
 
     @pytest.fixture
     def write(self, stand_in, tmp_path, monkeypatch):
-        """Writes three images' results, one of them a failure, as tables that stand in for Ray's data sets."""
+        """Writes three images' results, of them one failure or all, as tables that stand in for Ray's data sets."""
 
         class Rows:
             context = SimpleNamespace(execution_options=SimpleNamespace())
@@ -265,6 +265,8 @@ class TestOutputs:
 
             def write_parquet(self, folder, filesystem):
                 where, path = swinfast.ray._located(folder, filesystem)
+                if not self.table.num_rows:
+                    return
                 where.create_dir(path)
                 parquet.write_table(self.table, f"{path}/{self.table.num_rows}.parquet", filesystem=where)
                 if broken and not folder.endswith(".unfinished"):
@@ -277,10 +279,10 @@ class TestOutputs:
         broken = []
         sys.modules["ray.data"].read_parquet = read
         order, names = swinfast.ray.ORDER, ["two", "one", "three"]
-        table = arrow.table({"filename": names, "error": [None, None, "cut"], order: [1, 0, 2]})
 
-        def run(given: int = 3, fails: bool = False, filesystem: object = None) -> swinfast.ray.Summary:
+        def run(given=3, fails=False, filesystem=None, errors=(None, None, "cut")) -> swinfast.ray.Summary:
             broken.extend([True] * fails)
+            table = arrow.table({"filename": names, "error": errors, order: [1, 0, 2]})
             output = "out" if filesystem else str(tmp_path / "out")
             return swinfast.ray._write(Rows(table), output, filesystem, given)
 
@@ -296,6 +298,12 @@ class TestOutputs:
         assert parquet.read_table(tmp_path / "out.errors").to_pylist() == [{"filename": "three", "reason": "cut"}]
         left = {"out", "out.errors"} | ({"out.new"} if not renames else set())
         assert {folder.name for folder in tmp_path.iterdir()} - {"photos"} == left
+
+    def test_failures_alone(self, write, tmp_path):
+        for name in ("out", "out.errors"):
+            write_older(tmp_path / name)
+        assert write(errors=["cut"] * 3) == swinfast.ray.Summary(images=3, failures=3)
+        assert {folder.name for folder in tmp_path.iterdir()} - {"photos"} == {"out.errors"}
 
     @pytest.mark.parametrize("options, error", [({"given": 4}, RuntimeError), ({"fails": True}, OSError)])
     def test_older_ones_stay_when_it_fails(self, write, tmp_path, options, error):
