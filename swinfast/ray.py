@@ -72,7 +72,7 @@ class _Actor:
             raise ValueError(f"a batch must have columns filename or path, and pixels or bytes, got {', '.join(batch)}")
         names = [str(name) for name in batch[FILENAME if FILENAME in batch else "path"]]
         if PIXELS not in batch:
-            batch = batch | _decoded(batch["bytes"].tolist(), self._pipeline.crop)
+            batch = batch | _decoded(batch["bytes"].tolist(), _OfBytes(self._pipeline.crop))
         reasons = [reason or None for reason in batch.get(ERROR, [None] * len(names))]
         arrays = self._pipeline.no_rows()
         if None in reasons:
@@ -138,7 +138,7 @@ def decode(model: nn.Module, filesystem: Any = None, draft: bool = False) -> Any
 
     def decode_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = batch[FILENAME].tolist()
-        return batch | _decoded([_Opened(name, filesystem) for name in names], crop)
+        return batch | _decoded(names, _OfNames(crop, filesystem))
 
     return decode_batch
 
@@ -174,7 +174,7 @@ def _run(
         num_gpus = 1 if cluster.get("GPU") else 0
     if concurrency is None:
         concurrency = max(1, int(cluster.get("GPU", 0) / num_gpus if num_gpus else cluster.get("CPU", 2) // 2))
-    sizes = {"size": concurrency} if isinstance(concurrency, int) else dict(zip(_RANGE, concurrency, strict=True))
+    least, most = (concurrency, concurrency) if isinstance(concurrency, int) else concurrency
     options |= {"batch_size": batch_size, "workers": 0, "draft": draft}
     items = [{FILENAME: name, ORDER: number} for number, name in enumerate(names)]
     images = data.from_items(items, override_num_blocks=blocks or -(-len(names) // 256))
@@ -184,14 +184,11 @@ def _run(
         fn_constructor_args=(model,),
         fn_constructor_kwargs=options,
         batch_size=batch_size,
-        compute=data.ActorPoolStrategy(**sizes),
+        compute=data.ActorPoolStrategy(min_size=least, max_size=most),
         num_gpus=num_gpus or None,
         num_cpus=num_cpus,
     )
     return _write(computed, output, filesystem, len(names))
-
-
-_RANGE = ("min_size", "max_size")
 
 
 def _write(computed: "ray.data.Dataset", output: str, filesystem: Any, given: int) -> Summary:
@@ -240,46 +237,53 @@ def _loaded(model: Model) -> nn.Module:
     return create_model(model, pretrained=not is_folder(model))
 
 
-class _Opened:
-    """The bytes of a file of any filesystem, once they are asked for."""
+@dataclass
+class _OfNames:
+    """A Crop of files of any filesystem."""
 
-    def __init__(self, name: str, filesystem: Any):
-        self._name, self._filesystem = name, filesystem
+    crop: Crop
+    filesystem: Any
 
-    def source(self) -> str | bytes:
-        if self._filesystem is None and "://" not in self._name:
-            return self._name
-        filesystem, path = _resolved(self._name, self._filesystem)
-        with filesystem.open_input_stream(path) as stream:
-            return stream.read()
+    def load(self, name: str) -> Any:
+        if _is_local(name, self.filesystem):
+            return self.crop.load(name)
+        where, path = _resolved(name, self.filesystem)
+        with where.open_input_stream(path) as stream:
+            return self.crop.load(stream.read())
 
 
-def _decoded(sources: list[Any], crop: Crop) -> dict[str, np.ndarray]:
+@dataclass
+class _OfBytes:
+    """A Crop of what files hold, and of nothing else: a text is no name of a file."""
+
+    crop: Crop
+
+    def load(self, data: Any) -> Any:
+        return self.crop.load(bytes(memoryview(data)))
+
+
+def _decoded(sources: list[Any], loader: _OfNames | _OfBytes) -> dict[str, np.ndarray]:
     """Pixels and reasons of failures ("" for none), a row for each source."""
-    pixels = np.zeros((len(sources), *crop.shape), np.uint8)
+    shape = loader.crop.shape
+    pixels = np.zeros((len(sources), *shape), np.uint8)
     reasons = []
     for row, source in enumerate(sources):
-        image, reason = load(_Loader(crop), source)
+        image, reason = load(loader, source)
         if image is not None:
-            pixels[row] = np.asarray(image).reshape(crop.shape)
+            pixels[row] = np.asarray(image).reshape(shape)
         reasons.append(reason or "")
     return {PIXELS: pixels, ERROR: np.array(reasons, dtype=object)}
 
 
-class _Loader:
-    """A Crop that opens what must be opened first."""
-
-    def __init__(self, crop: Crop):
-        self._crop = crop
-
-    def load(self, source: Any) -> Any:
-        return self._crop.load(source.source() if isinstance(source, _Opened) else bytes(memoryview(source)))
+def _is_local(path: str, filesystem: Any) -> bool:
+    """Whether a path is of this machine's disks: neither of a filesystem that was given, nor a URI."""
+    return filesystem is None and "://" not in path
 
 
 def _names(paths: Iterable[str], filesystem: Any) -> Iterator[str]:
     """Names of the images; those of other filesystems as URIs."""
     for path in paths:
-        if filesystem is None and "://" not in path:
+        if _is_local(path, filesystem):
             yield from (str(Path(file).absolute()) for file in find_images([path]))
             continue
         fs = import_extra("pyarrow.fs", "ray")
@@ -322,7 +326,7 @@ def _check_output(output: str, paths: list[str], filesystem: Any) -> None:
 
 def _place(path: str, filesystem: Any) -> tuple[str, PurePath]:
     """A kind of filesystem, and a path in it that can be compared with others."""
-    if filesystem is None and "://" not in path:
+    if _is_local(path, filesystem):
         return "local", Path(os.path.realpath(path))
     where, root = _resolved(path, filesystem)
     return where.type_name, Path(os.path.realpath(root)) if where.type_name == "local" else PurePosixPath("/", root)
@@ -337,4 +341,4 @@ def _remove(folder: str, filesystem: Any) -> None:
 
 def _located(path: str, filesystem: Any) -> tuple[Any, str]:
     """_resolved, for local paths too."""
-    return _resolved(path if filesystem is not None or "://" in path else Path(path).absolute().as_uri(), filesystem)
+    return _resolved(Path(path).absolute().as_uri() if _is_local(path, filesystem) else path, filesystem)

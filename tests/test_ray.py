@@ -119,6 +119,11 @@ def test_embedder(model_folder, images):
     np.testing.assert_allclose(np.array(table["embedding"].to_pylist()), expected, rtol=1e-3, atol=1e-4)
 
 
+def read(name, filesystem=None) -> bytes:
+    """What a crop is given of a file."""
+    return swinfast.ray._OfNames(SimpleNamespace(load=lambda source: source), filesystem).load(name)
+
+
 def test_names_of_any_filesystem(images, tmp_path):
     """URIs, and paths of a filesystem that is given."""
     (tmp_path / "photos" / "notes.txt").touch()
@@ -127,8 +132,8 @@ def test_names_of_any_filesystem(images, tmp_path):
     inside = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
     names = list(swinfast.ray._names(["photos", "nothing.png"], inside))
     assert names == [f"photos/{file.name}" for file in images] + ["nothing.png"]
-    assert swinfast.ray._Opened(names[0], inside).source() == images[0].read_bytes()
-    assert swinfast.ray._Opened(f"{uri}/{images[1].name}", None).source() == images[1].read_bytes()
+    assert read(names[0], inside) == images[0].read_bytes()
+    assert read(f"{uri}/{images[1].name}") == images[1].read_bytes()
 
 
 def test_names_that_uris_escape(tmp_path):
@@ -138,7 +143,7 @@ def test_names_that_uris_escape(tmp_path):
         (tmp_path / "100% mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "100% mine" / name).write_text(name)
     uri = (tmp_path / "100% mine").as_uri()
-    assert [swinfast.ray._Opened(found, None).source().decode() for found in swinfast.ray._names([uri], None)] == names
+    assert [read(found).decode() for found in swinfast.ray._names([uri], None)] == names
     first = next(swinfast.ray._names([f"{uri}/?mode=slow"], None))
     assert first == f"{uri}/%5B1%5D%2050%25.png?mode=slow"
 
@@ -194,10 +199,11 @@ def stand_in(monkeypatch) -> SimpleNamespace:
 
 def test_resources_of_the_cluster(stand_in, model_folder, images, tmp_path):
     """They are read whether Ray was started before or is now."""
-    for options, expected in (({}, (2, 1)), ({"num_gpus": 0.5}, (4, 0.5)), ({"num_gpus": 0}, (4, None))):
+    for options, actors, gpus in (({}, 2, 1), ({"num_gpus": 0.5}, 4, 0.5), ({"num_gpus": 0}, 4, None)):
         with pytest.raises(StopIteration):
             swinfast.ray.predict(images, str(tmp_path / "out"), model=str(model_folder), **options)
-        assert (stand_in.actors["compute"]["size"], stand_in.actors["num_gpus"]) == expected
+        assert stand_in.actors["compute"] == {"min_size": actors, "max_size": actors}
+        assert stand_in.actors["num_gpus"] == gpus
     assert stand_in.inits == 1
 
 
