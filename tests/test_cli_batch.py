@@ -151,7 +151,7 @@ def test_list_through_a_pipe(predict, photos, tmp_path, monkeypatch, source, cap
     assert run([*names[:2], str(photos / "gone.png"), *names[2:]], "--resume") == 1
     assert [row[0] for row in read_csv(tmp_path / "out.csv")[1:]] == names
     assert run(names, "--resume") == 2
-    assert "the inputs are others now" in capsys.readouterr().err
+    assert "the inputs, or their names, are others now" in capsys.readouterr().err
     assert run([]) == 2
     assert f"found no images in {source.format('')}" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -142,8 +142,8 @@ class Parts:
             images, digest = images + step.images, next_digest(digest, step.digest)
         if (images, digest) != (finished.images, finished.digest):
             raise ResumeError(
-                f"{self.output} is finished, with {finished.images} images, and the inputs are others now "
-                f"({images} images): start anew without resuming, or give another output"
+                f"{self.output} is finished, with {finished.images} images, and the inputs, or their "
+                f"names, are others now ({images} images): start anew without resuming, or give another output"
             )
 
     def finished(self) -> set[int]:
