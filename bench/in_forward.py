@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from multiprocessing.pool import Pool
+from typing import Any
 
 import torch
 from swinfast.kernels.configs import Choose, Config, override, tile
@@ -36,6 +37,7 @@ from bench.kernels import COMPILE_WAIT, compile_all, problem_of
 from bench.peaks import Timer, launches_of
 from bench.targets import Log, Target
 from swinfast.benchmark import randomise
+from swinfast.calls import kind_of
 
 QUICK, LONG = 8, 20  # milliseconds of forwards in one timing
 GAIN = 0.003  # of a forward that a choice must win by: one kernel is a small part of it
@@ -61,17 +63,25 @@ class Forward:
     def _optimised(self) -> nn.Module:
         fast = swinfast.optimize(self.plain, dtype=PRECISIONS[self.precision], backend="triton", cuda_graphs=False)
         try:
-            self._run(fast)  # lays tables of position biases out, before any other choice is made
+            self._run(lambda: fast(self.images))  # lays tables of position biases out, before any other choice is made
         except Exception as error:
             what = f"{self.name} batch {self.batch} {self.precision}"
             raise Failing(f"{what} fails as the tables have it: {problem_of(error)}") from error
         return fast
 
-    def _run(self, fast: nn.Module) -> torch.Tensor:
-        """An answer of Triton's alone: where that fails at a module, PyTorch would take its place from then on."""
+    def _run(self, compute: Callable[[], Any]) -> Any:
+        """What Triton alone computes: where that fails at a module, PyTorch would take its place from then on."""
         with warnings.catch_warnings(), torch.no_grad(), tf32_setting(self.precision):
             warnings.filterwarnings("error", "Triton failed")
-            return fast(self.images)
+            return compute()
+
+    def _computation(self) -> Callable[[], torch.Tensor]:
+        """The forward as a graph of swinfast's own has it, which reads the tables of position biases; somebody else's
+        graph would derive them at each replay."""
+        fast, stages = self.fast, self.fast.stages
+        plan = stages.plan()
+        tables = stages.tables(plan, kind_of(self.images))
+        return lambda: fast.forward_head(stages.compute(plan, tables, fast.patch_embed(self.images)))
 
     def by(self, target: Target, config: Config) -> Callable[[], object]:
         """What launches the forward with a configuration in place of a target's."""
@@ -88,18 +98,19 @@ class Forward:
         Raises:
             UserWarning: A kernel failed. The model would go on without it, so another takes its place.
         """
-        self.fast = fast = self.fast or self._optimised()
+        self.fast = self.fast or self._optimised()
+        computation = self._run(self._computation)
 
         def forward() -> torch.Tensor:
             with override(choose):
-                return self._run(fast)
+                return self._run(computation)
 
         try:
             forward()  # compiles what is new, and loads it
+            return launches_of(forward, self.images.device)
         except Exception:
             self.fast = None
             raise
-        return launches_of(forward, self.images.device)
 
     def cases(self, arch: str, choose: Choose) -> list[Case]:
         """What it calls with other compositions."""

@@ -170,7 +170,9 @@ def test_finished_run(make, images, tmp_path):
     assert (summary.images, summary.failures, summary.done_now) == (16, 4, 0)
     assert "nothing is left to do" in str(summary)
     assert output.stat().st_mtime_ns == before
-    with pytest.raises(ResumeError, match="is finished, with 16 images, and the inputs, or their names, are others now"):
+    with pytest.raises(
+        ResumeError, match="is finished, with 16 images, and the inputs, or their names, are others now"
+    ):
         make().write(images[:-1], output, **SMALL_PARTS)
     with pytest.raises(ResumeError, match=r"their names, are others now \(16 images\)"):
         make().write([*images[:-1], images[0]], output, **SMALL_PARTS)

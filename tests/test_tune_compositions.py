@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from bench import alone, forms, in_forward, tune
+from bench import alone, forms, in_forward, peaks, tune
 from bench.cases import FORMS, MODELS, Wrong, cases_of, choose_forms, model_named
 from bench.targets import Log, find_targets
+from swinfast import graphs, plan
 
 ABOUT = {"device": "a card", "torch": "1", "triton": "2", "source": "measured", "commit": "a commit"}
 CPU = torch.device("cpu")
@@ -225,6 +226,27 @@ def test_a_forward_whose_kernel_fails_is_made_anew(monkeypatch):
     launched.clear()
     launch()
     assert launched.count("merge_norm") == 1
+
+
+def test_a_forward_is_captured_without_what_is_derived_of_weights(monkeypatch):
+    """As in a graph of swinfast's own: tables are made once, not at each replay."""
+    launched = calls_of(monkeypatch, *OPERATIONS, "linear", "merge_norm", "patch_embed", "cpb_bias")
+    forward = in_forward.Forward("small", 1, "float16", CPU)
+    assert "cpb_bias" in launched
+
+    def capture(function, device):
+        for module in (graphs, plan):
+            monkeypatch.setattr(module, "is_capturing", lambda device: True)
+        launched.clear()
+        return function(), None
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(
+        in_forward, "launches_of", lambda function, _: peaks.launches_of(function, torch.device("cuda"))
+    )
+    forward.launches(lambda kernel, shape: None)
+    assert launched.count("merge_norm") == 1 and "patch_embed" in launched
+    assert "cpb_bias" not in launched
 
 
 def test_a_forward_whose_kernel_never_runs_is_none(monkeypatch, tmp_path, capsys):
