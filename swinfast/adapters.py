@@ -244,6 +244,8 @@ def _check_insides(module: nn.Module) -> Iterator[str]:
     for name, parameter in parameters.items():
         if type(parameter) not in (nn.Parameter, torch.Tensor) and not is_fake(parameter):  # export fakes them
             yield f"{name} is a {type(parameter).__name__}, expected torch.nn.Parameter"
+        if parameter.layout != torch.strided:
+            yield f"{name} has layout {parameter.layout}, expected torch.strided"
         if parameter.dtype not in DTYPES:
             yield f"{name} is {parameter.dtype}, expected a floating-point dtype of at least 16 bits"
     if len({(parameter.dtype, parameter.device) for parameter in parameters.values()}) > 1:

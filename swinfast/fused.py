@@ -63,7 +63,7 @@ class Fused:
         self._swinfast = Settings("auto")
 
     def _apply(self, fn, recurse=True):
-        """As nn.Module's; the plan ends with the first weight that is moved or cast, which it keeps in memory."""
+        """As nn.Module's; the plan, and what it keeps in memory, ends with the first weight that is moved or cast."""
 
         def apply(tensor):
             result = fn(tensor)
@@ -221,6 +221,8 @@ class FusedPatchEmbed(FusedComputation):
                 f"images are uint8 and of {channels} channels, and the mean and std to normalise them with of "
                 f"{len(scale[0])}: give optimize(..., mean=..., std=...), or pass floating-point images"
             )
+        if not all(value > 0 for value in scale[1]):
+            raise ValueError(f"images are uint8, and the std to normalise them with must be above 0, got {scale[1]}")
 
 
 class FusedStage(FusedComputation):

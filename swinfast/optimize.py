@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 from torch import nn
@@ -122,8 +123,8 @@ def _check_arguments(model, dtype, cuda_graphs, mean, std) -> None:
             raise ValueError(f"{name} must be a sequence of numbers, one for each channel, got {values!r}")
     if mean is not None and len(mean) != len(std):
         raise ValueError(f"mean and std must be of one length, got {len(mean)} and {len(std)} values")
-    if std is not None and not all(value > 0 for value in std):
-        raise ValueError(f"std must be above 0, got {std!r}")
+    if std is not None and not all(isinstance(value, Real) and value > 0 for value in std):
+        raise ValueError(f"std must be numbers above 0, got {std!r}")
 
 
 def _warn_of_float16(model: nn.Module) -> None:

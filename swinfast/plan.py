@@ -65,7 +65,8 @@ class Plan:
         self._counts_edits = not any(parameter.is_inference() for parameter in self.parameters)
 
         self.module = module
-        self._watch = Watch(list(module.modules()), self.parameters if self._counts_edits else ())
+        placed = [p for p in self.parameters if p.layout == torch.strided] if self._counts_edits else ()
+        self._watch = Watch(list(module.modules()), placed)
 
     def holds(self) -> bool:
         """Whether the module and the places of its weights are still what the plan was made of."""

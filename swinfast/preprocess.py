@@ -57,7 +57,8 @@ class Transform:
 
 
 def transform_of(model: nn.Module) -> Transform:
-    """The evaluation transform for a model, by its ``pretrained_cfg`` and, where it or a part has one, its image size.
+    """The evaluation transform for a model, by its ``pretrained_cfg`` and, where it or its patch embedding has one, its
+    image size.
 
     Raises:
         ValueError: The model has no ``pretrained_cfg``, or one that asks for what is not supported.
@@ -74,8 +75,8 @@ def transform_of(model: nn.Module) -> Transform:
     interpolation = config.get("interpolation", "bicubic")
     if interpolation.upper() not in Image.Resampling.__members__:
         raise ValueError(f"interpolation must be one of Pillow's filters, got {interpolation!r}")
-    sized = (module.img_size for module in model.modules() if getattr(module, "img_size", None) is not None)
-    size = tuple(next(sized, input_size[1:]))  # of the model, or of the patch embedding of one for features
+    sized = model if hasattr(model, "img_size") else getattr(model, "patch_embed", None)  # as in timm's for features
+    size = tuple(getattr(sized, "img_size", None) or input_size[1:])
     return Transform(size, config.get("crop_pct", 0.875), interpolation, mean, std)  # without one: timm's default
 
 

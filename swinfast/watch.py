@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from itertools import chain
 from operator import is_, itemgetter
 
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .adapters import HOOKS, class_of, is_dropout, methods
 
@@ -33,7 +34,8 @@ class Watch:
         """placed: Tensors whose place in memory counts."""
         self.modules = list(modules)
         self._placed, self._places = placed, list(map(Tensor.data_ptr, placed))
-        self._memory = list(map(Tensor.untyped_storage, placed))  # kept, so that no other weight can get its place
+        self._memory = [StorageWeakRef(tensor.untyped_storage()) for tensor in placed]
+        self._memories = [memory.cdata for memory in self._memory]
         self._types = list(map(type, self.modules))
         tables = [table for m in self.modules for table in (m._modules, m._parameters) if table]
         self._tables = [table.values() for table in tables]
@@ -61,6 +63,7 @@ class Watch:
             and any(self._hooks) == self._hooked
             and list(map(getattr, self._classes, self._names)) == self._methods
             and list(map(Tensor.data_ptr, self._placed)) == self._places
+            and not any(map(UntypedStorage._expired, self._memories))  # else the places may be others' by now
             and self.settings_hold()
         )
 

@@ -332,7 +332,7 @@ def test_nothing_supported():
         ({"cuda_graphs": 1}, ValueError, "cuda_graphs must be 'auto', True or False, got 1"),
         ({"mean": (0.5, 0.5, 0.5)}, ValueError, "mean and std must be given together"),
         ({"mean": (0.5,), "std": (0.5, 0.5)}, ValueError, "mean and std must be of one length, got 1 and 2 values"),
-        ({"mean": (0.5, 0.5), "std": (0.5, 0)}, ValueError, r"std must be above 0, got \(0\.5, 0\)"),
+        ({"mean": (0.5, 0.5), "std": (0.5, 0)}, ValueError, r"std must be numbers above 0, got \(0\.5, 0\)"),
         ({"mean": 0.5, "std": 0.5}, ValueError, "mean must be a sequence of numbers, one for each channel, got 0.5"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -383,6 +383,26 @@ def test_uint8_without_mean_and_std(model):
     del model.pretrained_cfg, model.default_cfg
     with pytest.raises(ValueError, match=r"give optimize\(..., mean=..., std=...\)"):
         swinfast.optimize(model)(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+
+
+def test_pixels_and_a_config_with_a_std_of_0(model):
+    model.pretrained_cfg = model.pretrained_cfg | {"std": (0.5, 0, 0.5)}
+    fast = swinfast.optimize(model)
+    with pytest.raises(ValueError, match=r"the std to normalise them with must be above 0, got \(0\.5, 0, 0\.5\)"):
+        fast(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_sparse_weights(model, layout):
+    layer = model.stages[0].blocks[0].mlp.fc1
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse(layout=layout), requires_grad=False)
+    with torch.no_grad():
+        expected = model(IMAGES)
+        fast = swinfast.optimize(model, inplace=True)  # PyTorch can't copy such parameters
+        assert relative_rms(fast(IMAGES), expected) <= 1e-9
+    details = [row.detail for row in swinfast.report(fast).rows]
+    assert f"blocks.0.mlp.fc1.weight has layout {layout}, expected torch.strided" in details
 
 
 @pytest.mark.parametrize("channels", [1, 4])

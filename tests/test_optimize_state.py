@@ -237,19 +237,30 @@ def test_conversions(timm, dtype, warm):
     assert_same(fast.double(), rounded)
 
 
-def test_a_layer_that_goes_to_another_dtype_and_back(timm):
-    """Its weight comes back rounded and uncounted, and may never come back to the place that is known."""
-    model = make(timm)
+def test_another_weight_in_the_same_place(timm):
+    """As where a layer goes to another dtype and back: the same parameter, not counted, and often the same address."""
+    model = make(timm).float()
     fast = swinfast.optimize(model)
-    with torch.no_grad():
-        fast(IMAGES)
-    layer = fast.stages[1].blocks[0].mlp.fc1
-    place = StorageWeakRef(layer.weight.untyped_storage())
-    for either in (model, fast):
-        either.stages[1].blocks[0].mlp.fc1.to(torch.bfloat16).to(torch.float64)
-    assert not place.expired()
-    assert_same(fast, model)
-    assert place.expired()
+    weights = [either.stages[1].blocks[0].mlp.fc1.weight for either in (model, fast)]
+    values = [weight.detach().numpy().copy() for weight in weights]
+    for factor in (1.0, 1.5):
+        for weight, value in zip(weights, values, strict=True):
+            weight.data = torch.empty(0)
+            value[::2] *= factor
+            weight.data = torch.from_numpy(value)
+        with torch.no_grad():
+            assert relative_rms(fast(IMAGES.float()), model(IMAGES.float())) <= 1e-5
+
+
+@pytest.mark.parametrize("part", [lambda stage: stage, lambda stage: stage.blocks], ids=["stages", "blocks"])
+def test_what_is_cast_in_parts_is_freed(timm, part):
+    """Nothing keeps the weights that were, also before the next call."""
+    fast = swinfast.optimize(make(timm).requires_grad_(False))
+    fast(IMAGES)
+    places = [StorageWeakRef(weight.untyped_storage()) for stage in fast.stages for weight in part(stage).parameters()]
+    for stage in fast.stages:
+        part(stage).float()
+    assert all(place.expired() for place in places)
 
 
 def test_going_where_it_is_already(timm):

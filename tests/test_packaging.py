@@ -99,10 +99,11 @@ def test_plain_checkout(checkout, python):
     assert all(str(checkout) in file for file in files)
 
 
-def test_kernels_has_no_name_of_its_own(checkout, python):
-    """transformers asks for a package `kernels`; in a checkout it must find nothing."""
-    code = "try:\n    import kernels\nexcept ModuleNotFoundError as error:\n    print(error)"
-    assert run(python, "-c", code, cwd=checkout).strip() == "import swinfast.kernels, not kernels"
+@pytest.mark.parametrize("name", ["kernels", "reference"])
+def test_no_names_of_their_own(checkout, python, name):
+    """transformers asks for a package `kernels`, and models of a `reference` would be unknown to swinfast."""
+    code = f"try:\n    import {name}\nexcept ModuleNotFoundError as error:\n    print(error)"
+    assert run(python, "-c", code, cwd=checkout).strip() == f"import swinfast.{name}, not {name}"
 
 
 def test_nothing_imports_what_is_optional(python, checkout):

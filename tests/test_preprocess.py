@@ -185,6 +185,15 @@ def test_transform_of_timms_features(timm):
     assert swinfast.transform_of(swinfast.optimize(features)).size == (64, 64)
 
 
+def test_transform_of_a_wrapper_is_its_config():
+    """Modules inside may have sizes of other things."""
+    inside = nn.Identity()
+    inside.img_size = 7
+    wrapper = nn.Sequential(inside, swinfast.create_model("swinv2_cr_tiny_384", img_size=64, device="meta"))
+    wrapper.pretrained_cfg = {"input_size": (3, 96, 96)}
+    assert swinfast.transform_of(wrapper).size == (96, 96)
+
+
 def test_mean_and_std_for_one_channel():
     transform = swinfast.transform_of(swinfast.create_model("swinv2_cr_tiny_224", in_chans=1, device="meta"))
     assert transform.mean == pytest.approx((0.449,))
