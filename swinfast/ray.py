@@ -162,6 +162,8 @@ def _run(
     data = import_extra("ray.data", "ray")
     paths = [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     output = str(output).rstrip("/")
+    if _is_local(output, filesystem):
+        output = str(Path(output).absolute())  # the cluster's processes are in other folders
     _check_output(output, paths, filesystem)
     names = list(_names(paths, filesystem))
     if not names:

@@ -116,3 +116,37 @@ def test_another_try(as_ranks, predictor, images, tmp_path):
         return predictor.write(images, tmp_path / "out.csv", part_size=2).images
 
     assert as_ranks(write) == [11, 11]
+
+
+def test_another_try_while_the_error_is_held(as_ranks, predictor, images, tmp_path):
+    """As in a handler, or a notebook."""
+
+    def write(rank: int) -> list[object]:
+        try:
+            predictor.write([str(tmp_path / "missing.png"), *images], tmp_path / "out.csv", part_size=2, strict=True)
+        except (StrictError, RuntimeError):
+            return predictor.write(images, tmp_path / "out.csv", part_size=2).images
+
+    assert as_ranks(write) == [11, 11]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_rank_that_does_not_begin(as_ranks, predictor, images, tmp_path, which):
+    def write(rank: int) -> Summary:
+        return predictor.write(images, tmp_path / ("missing/out.csv" if rank == which else "out.csv"), part_size=2)
+
+    answers = as_ranks(write)
+    assert isinstance(answers[which], FileNotFoundError)
+    assert "another rank has ended before the run was done" in str(answers[1 - which])
+
+
+def test_other_outputs(as_ranks, predictor, images, tmp_path):
+    for error in as_ranks(lambda rank: predictor.write(images, tmp_path / f"{rank}.csv")):
+        assert 'from rank 0 to rank 1: output was "0.csv", is "1.csv"' in str(error)
+
+
+def test_a_process_that_is_alone_under_torchrun(monkeypatch, predictor, images, tmp_path):
+    """As where each rank writes its own output."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert predictor.write(images, tmp_path / "out.csv").images == 11

@@ -172,7 +172,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 @pytest.fixture
 def stand_in(monkeypatch) -> SimpleNamespace:
     """For Ray, with a cluster of 8 cores and 2 GPUs; it does no more than tell what it was asked for."""
-    asked = SimpleNamespace(inits=0, actors=None)
+    asked = SimpleNamespace(inits=0, actors=None, folder=None)
 
     class Dataset:
         context = SimpleNamespace(execution_options=SimpleNamespace())
@@ -182,6 +182,7 @@ def stand_in(monkeypatch) -> SimpleNamespace:
             return self
 
         def write_parquet(self, folder, filesystem):
+            asked.folder = folder
             raise StopIteration
 
     def init():
@@ -205,6 +206,14 @@ def test_resources_of_the_cluster(stand_in, model_folder, images, tmp_path):
         assert stand_in.actors["compute"] == {"min_size": actors, "max_size": actors}
         assert stand_in.actors["num_gpus"] == gpus
     assert stand_in.inits == 1
+
+
+def test_an_output_by_a_relative_path(stand_in, model_folder, images, tmp_path, monkeypatch):
+    """It is of the program's folder; the cluster's processes are in others."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StopIteration):
+        swinfast.ray.predict(images, "out", model=str(model_folder))
+    assert stand_in.folder == str(tmp_path / "out.unfinished")
 
 
 class TestOutputs:

@@ -16,8 +16,9 @@ _runs = itertools.count()  # the same in all ranks
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are; 0 of 1 without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's number and how many there are; 0 of 1 without torchrun, and for who says that it is alone."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK", 0)) if world > 1 else 0, world
 
 
 @contextmanager
@@ -32,7 +33,9 @@ def between_ranks() -> Iterator[Exchange]:
         return
     is_ours = not distributed.is_initialized()
     if is_ours:
-        store = distributed.PrefixStore(f"swinfast/{next(_runs)}", _store())  # what it holds of another run misleads
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        name = f"swinfast/{attempt}/{next(_runs)}"  # what the store holds of another run misleads
+        store = distributed.PrefixStore(name, _store())
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     group = distributed.new_group(backend="gloo", timeout=LONGEST)
 
@@ -51,6 +54,7 @@ def between_ranks() -> Iterator[Exchange]:
         yield exchange
     finally:
         distributed.destroy_process_group(None if is_ours else group)
+        group = None  # the connections end with the last reference, and who keeps an error keeps this frame
 
 
 @functools.cache

@@ -88,8 +88,24 @@ def write(
     watch: Listener | None,
 ) -> Summary:
     """Pipeline.write."""
-    if part_size is not None:
-        part_size = whole_number("part_size", part_size, 1)
+    with between_ranks() as exchange:  # around the checks too: where one rank's fail, all are to know
+        if part_size is not None:
+            part_size = whole_number("part_size", part_size, 1)
+        _check(pipeline, output, devices)
+        if images.output is None or Path(images.output) != output:  # else all paths were checked against it already
+            images = replace(images, output=str(output))
+        batch_size = exchange(pipeline.batch_size)[0]
+        if pipeline.found_batch_size:
+            pipeline.batch_size = batch_size
+        job = _job(pipeline, images, output, resume, strict, part_size, devices)
+        for rank, settings in enumerate(every := exchange({"output": output.name} | job.settings)):
+            if said := differences(every[0], settings):
+                raise ValueError(f"ranks must have the same settings; from rank 0 to rank {rank}: {said}")
+        return _run(job, exchange, resume, devices, _Count(watch))
+
+
+def _check(pipeline: "Pipeline", output: Path, devices: Sequence[str]) -> None:
+    """Complain before anything is started or thrown away."""
     if isinstance(devices, str):
         raise ValueError(f"devices must be several names, got {devices!r}")
     check_ending(output, pipeline.endings)
@@ -97,21 +113,10 @@ def write(
     parts = Parts(output, {})
     for file in (parts.manifest, parts.errors, *(file.target for file in output_files(output, pipeline.layout))):
         check_writable("what is written with output", file)
-    if images.output is None or Path(images.output) != output:  # else all paths were checked against it already
-        images = replace(images, output=str(output))
     if devices and rank_and_world()[1] > 1:
         raise ValueError("devices can't be given under torchrun, where every process has its own")
-    for device in devices:  # said before anything is started or thrown away
+    for device in devices:
         pipeline.check_device(device)
-    with between_ranks() as exchange:
-        batch_size = exchange(pipeline.batch_size)[0]
-        if pipeline.found_batch_size:
-            pipeline.batch_size = batch_size
-        job = _job(pipeline, images, output, resume, strict, part_size, devices)
-        for rank, settings in enumerate(every := exchange(job.settings)):
-            if said := differences(every[0], settings):
-                raise ValueError(f"ranks must have the same settings; from rank 0 to rank {rank}: {said}")
-        return _run(job, exchange, resume, devices, _Count(watch))
 
 
 def _run(job: Job, exchange: Exchange, resume: bool, devices: Sequence[str], count: "_Count") -> Summary:

@@ -258,7 +258,7 @@ def _expand(path: str, is_exact: bool) -> Iterator[str]:
 def _matches(pattern: str) -> set[str]:
     """What a pattern means, as for glob.glob, but that ** goes through no link to a folder: it could lead back."""
     separators = re.escape(os.sep + (os.altsep or ""))
-    head, *tail = re.split(rf"(?<![^{separators}])\*\*(?:[{separators}]|$)", pattern, maxsplit=1)
+    head, *tail = re.split(rf"(?<![^{separators}])\*\*(?:[{separators}]+|$)", pattern, maxsplit=1)
     if not tail:
         return set(glob.glob(pattern))  # noqa: PTH207 (Path.glob takes no absolute ones)
     matches = set()
