@@ -87,7 +87,7 @@ def speeds(runs: Sequence[Run], command: str) -> str:
         others = [run.speed(label) for label in run.rows if not _aside(label)]
         fastest = max(others) if len(others) > 1 else None  # more than the eager model
         errors = " / ".join(run.rows[label]["rel_error"] if label in run.rows else "–" for label in (OURS, EAGER))
-        cells = [number(run.speed(label)) for label in labels]
+        cells = [number(run.speed(label)) + _mark(run.rows.get(label, {})) for label in labels]
         cells += [ratio(ours, eager), ratio(ours, fastest), errors]
         lines.append((*([f"`{run.model}`"] if several else []), run.dtype, run.batch, *cells))
     headers = (*(["model"] if several else []), "dtype", "batch", *labels)
@@ -104,7 +104,7 @@ def details(runs: Sequence[Run]) -> str:
             agreement = f"{float(row['top1_agreement']):.1%}" if row["top1_agreement"] else "–"
             times = (row["infer_step_time"], row["infer_step_time_p95"], ratio(run.speed(label), run.speed(EAGER)))
             checks = (row["rel_error"] or "–", agreement, row["peak_memory"] or "–")
-            lines.append((f"`{run.model}`", run.dtype, run.batch, label, *times, *checks))
+            lines.append((f"`{run.model}`", run.dtype, run.batch, label + _mark(row), *times, *checks))
     headers = ("model", "dtype", "batch", "engine", "median, ms", "p95, ms", "eager = 1", "error", "top-1", "peak, MB")
     table = _github(lines, headers)
     return f"<details><summary>Latency, memory and answers of each engine</summary>\n\n{table}\n\n</details>"
@@ -181,6 +181,11 @@ def number(value: float | None) -> str:
 
 def ratio(speed: float | None, other: float | None) -> str:
     return f"{speed / other:.2f}×" if speed and other else "–"
+
+
+def _mark(row: Row) -> str:
+    """What a row says of itself that its engine's label doesn't."""
+    return " (no graph)" if "without a CUDA graph" in row.get("source", "") else ""
 
 
 def _aside(label: str) -> bool:

@@ -254,7 +254,8 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[..., Timer] = tim
             targets = find_targets(models, batch, options.dtypes, arch, options.kernels)
             if in_forward:
                 targets = [target for target in targets if target.in_use and "rows" in dict(target.sizes)]
-            print(f"{len(targets)} targets on {about['device']}, table {table or 'not written'}", flush=True)
+            known = f", {sum(bool(log.of(target)) for target in targets)} in the log" if options.resume else ""
+            print(f"{len(targets)} targets{known} on {about['device']}, table {table or 'not written'}", flush=True)
             finals, left = sweep(
                 targets, arch, options.candidates, bench_of, pool, log, deadline,
                 lambda target, final: found(row_of(target, final, about, what, where)),

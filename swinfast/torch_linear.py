@@ -4,6 +4,7 @@ The packing operators are private to PyTorch, so each is tried on a small proble
 layer is F.linear. A packed weight can't be copied, pickled or traced: it belongs in a cache, never in a module.
 """
 
+import os
 from collections.abc import Callable
 from functools import cache
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Linear = Callable[[Tensor], Tensor]
+X86_WITH_BFLOAT16 = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")  # in what oneDNN can be limited to
 
 
 def make_linear(weight: Tensor, bias: Tensor | None, *, gelu: bool = False, pack: bool = False) -> Linear:
@@ -64,6 +66,9 @@ def _fuses_gelu() -> bool:
 
 @cache
 def has_native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX, Arm BF16)."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX, Arm BF16), and oneDNN may."""
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
+    probes = ["_is_arm_bf16_supported"]
+    if any(isa in most.upper() for isa in X86_WITH_BFLOAT16):
+        probes += ["_is_avx512_bf16_supported", "_is_amx_tile_supported"]
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)

@@ -110,6 +110,13 @@ def test_details():
     assert line_of(table, *FLOOR.split()[:2])[6:] == ["5.00×", "–", "–", "–"]
 
 
+def test_what_ran_without_a_graph_is_marked():
+    source = "measured, without a CUDA graph, since capturing one failed: RuntimeError"
+    runs = latest_runs([row("timm eager", 4, source="measured"), row(speed=10, source=source)])
+    assert line_of(tables.details(runs), "87.5%", "2.50×")[3] == "swinfast (no graph)"
+    assert line_of(tables.speeds(runs, "bench.models"), "8")[2:4] == ["10.0 (no graph)", "4.00"]
+
+
 def test_a_wrong_option_writes_no_document(monkeypatch, tmp_path):
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     with pytest.raises(SystemExit):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from swinfast.torch_linear import can_pack
+from swinfast.torch_linear import can_pack, has_native_bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -15,3 +15,16 @@ def test_another_default_device(dtype):
     can_pack.cache_clear()
     with torch.device("meta"):
         assert can_pack(dtype) == expected
+
+
+@pytest.mark.parametrize(
+    ("most", "native"),
+    [("AVX2", False), ("AVX512_CORE", False), ("AVX512_CORE_BF16", True), ("AVX512_CORE_AMX", True), ("all", True)],
+)
+@pytest.mark.parametrize("name", ["DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA"])
+def test_bfloat16_where_onednn_is_limited(monkeypatch, name, most, native):
+    """What the CPU could do counts for nothing then: bfloat16 products would be emulated."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_arm_bf16_supported", lambda: False, raising=False)
+    monkeypatch.setenv(name, most)
+    assert has_native_bfloat16.__wrapped__() == native
