@@ -142,7 +142,7 @@ def test_results_are_written_before_they_are_shown(bench, monkeypatch, tmp_path)
         raise BrokenPipeError("nobody reads")
 
     monkeypatch.setattr(cli_bench, "_table", closed)
-    assert bench("--batch-sizes", "1", "--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv") == 2
+    assert bench("--batch-sizes", "1", "--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv") == 141
     assert len(json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["rows"]) == 2
     assert len((tmp_path / "r.csv").read_text(encoding="utf-8").splitlines()) == 3
 

@@ -88,6 +88,8 @@ def write(
     watch: Listener | None,
 ) -> Summary:
     """Pipeline.write."""
+    if devices and rank_and_world()[1] > 1:
+        raise ValueError("devices can't be given under torchrun, where every process has its own")
     with between_ranks() as exchange:  # around the checks too: where one rank's fail, all are to know
         if part_size is not None:
             part_size = whole_number("part_size", part_size, 1)
@@ -113,8 +115,6 @@ def _check(pipeline: "Pipeline", output: Path, devices: Sequence[str]) -> None:
     parts = Parts(output, {})
     for file in (parts.manifest, parts.errors, *(file.target for file in output_files(output, pipeline.layout))):
         check_writable("what is written with output", file)
-    if devices and rank_and_world()[1] > 1:
-        raise ValueError("devices can't be given under torchrun, where every process has its own")
     for device in devices:
         pipeline.check_device(device)
 
