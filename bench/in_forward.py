@@ -96,7 +96,7 @@ class Forward:
         """What launches the forward with other configurations; captured where there is a GPU.
 
         Raises:
-            UserWarning: A kernel failed. The model would go on without it, so another takes its place.
+            What the kernel raised, where one failed. Another model takes this one's place, which may go on without it.
         """
         self.fast = self.fast or self._optimised()
         computation = self._run(self._computation)

@@ -59,6 +59,12 @@ def adapter_of(cls: type) -> Adapter | None:
     return ADAPTERS.get(cls.__qualname__) if cls.__module__ in HOMES else None
 
 
+def is_patch_embed(module: nn.Module) -> bool:
+    """Whether a module is a patch embedding that swinfast knows, replaced or not."""
+    adapter = adapter_of(class_of(module))
+    return adapter is not None and adapter.kind == "patch embedding"
+
+
 def is_classifier(cls: type) -> bool:
     """Whether a class of modules is a classifier whose forward swinfast knows: timm's or our own, and no copy of it."""
     return cls.__module__ in HOMES and cls.__qualname__ == CLASSIFIER

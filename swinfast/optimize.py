@@ -1,9 +1,10 @@
 """The pass: find what can be replaced in a model, and replace it."""
 
 import copy
+import math
 import warnings
-from collections.abc import Iterable, Sequence
-from numbers import Real
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ def optimize(
         adapter = _adapter_of(module)
         if adapter is not None:
             known = module._swinfast.image_scale if isinstance(module, Fused) else None
-            scale = (tuple(mean), tuple(std)) if mean is not None else known or scales.get(module)
+            scale = (_numbers(mean), _numbers(std)) if mean is not None else known or scales.get(module)
             if not isinstance(module, Fused):
                 fuse(module, FUSED[adapter.kind])
             module._swinfast = Settings(backend, cuda_graphs, scale)
@@ -104,8 +105,9 @@ def _image_scales(model: nn.Module) -> dict[nn.Module, ImageScale]:
     scales = {}
     for owner in model.modules():
         config = getattr(owner, "pretrained_cfg", None)
-        if isinstance(config, dict) and config.get("mean") and config.get("std"):
-            scales |= dict.fromkeys(owner.modules(), (tuple(config["mean"]), tuple(config["std"])))
+        scale = [_numbers(config.get(name)) for name in ("mean", "std")] if isinstance(config, dict) else [None]
+        if None not in scale:
+            scales |= dict.fromkeys(owner.modules(), tuple(scale))
     return scales
 
 
@@ -119,12 +121,21 @@ def _check_arguments(model, dtype, cuda_graphs, mean, std) -> None:
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std must be given together, got mean={mean!r} and std={std!r}")
     for name, values in (("mean", mean), ("std", std)):
-        if values is not None and not isinstance(values, Iterable):
+        if values is not None and _numbers(values) is None:
             raise ValueError(f"{name} must be a sequence of numbers, one for each channel, got {values!r}")
     if mean is not None and len(mean) != len(std):
         raise ValueError(f"mean and std must be of one length, got {len(mean)} and {len(std)} values")
-    if std is not None and not all(isinstance(value, Real) and value > 0 for value in std):
-        raise ValueError(f"std must be numbers above 0, got {std!r}")
+    if std is not None and min(std) <= 0:
+        raise ValueError(f"std must be above 0, got {std!r}")
+
+
+def _numbers(values: Any) -> tuple[float, ...] | None:
+    """What a mean or std is in finite numbers, None for anything else."""
+    try:
+        numbers = tuple(map(float, values))
+    except (TypeError, ValueError):
+        return None
+    return numbers if numbers and all(map(math.isfinite, numbers)) else None
 
 
 def _warn_of_float16(model: nn.Module) -> None:

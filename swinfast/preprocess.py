@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .adapters import is_patch_embed
 from .pixels import Crop, Size
 from .variants import IMAGENET_MEAN, IMAGENET_STD
 
@@ -75,8 +76,8 @@ def transform_of(model: nn.Module) -> Transform:
     interpolation = config.get("interpolation", "bicubic")
     if interpolation.upper() not in Image.Resampling.__members__:
         raise ValueError(f"interpolation must be one of Pillow's filters, got {interpolation!r}")
-    sized = model if hasattr(model, "img_size") else getattr(model, "patch_embed", None)  # as in timm's for features
-    size = tuple(getattr(sized, "img_size", None) or input_size[1:])
+    sized = [model, *filter(is_patch_embed, model.modules())]  # wrappers and models for features have none of their own
+    size = tuple(next((one.img_size for one in sized if getattr(one, "img_size", None)), input_size[1:]))
     return Transform(size, config.get("crop_pct", 0.875), interpolation, mean, std)  # without one: timm's default
 
 

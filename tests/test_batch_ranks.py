@@ -2,14 +2,17 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from multiprocessing import get_context
 
 import pytest
 from helpers import write_image
+from torch import distributed
 
 import swinfast
 from swinfast.batch.parts import ResumeError
+from swinfast.batch.ranks import between_ranks
 from swinfast.batch.run import Summary
 from swinfast.batch.share import StrictError
 
@@ -28,15 +31,16 @@ def predictor(model_folder) -> swinfast.Predictor:
 
 @pytest.fixture
 def as_ranks(monkeypatch) -> Callable[..., list]:
-    """Calls a function with each rank of two, at the same time; what it returns or raises, None where it is killed."""
+    """Calls a function with each rank at the same time; what it returns or raises, None where it is killed."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    for name, value in {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))
 
-    def call(function: Callable[[int], object]) -> list:
+    def call(function: Callable[[int], object], world: int = 2) -> list:
+        monkeypatch.setenv("WORLD_SIZE", str(world))
         processes, ends = [], []
-        for rank in range(2):
+        for rank in range(world):
             ours, theirs = get_context("fork").Pipe(duplex=False)
             processes.append(get_context("fork").Process(target=answer, args=(function, rank, theirs), daemon=True))
             processes[-1].start()
@@ -128,6 +132,44 @@ def test_another_try_while_the_error_is_held(as_ranks, predictor, images, tmp_pa
             return predictor.write(images, tmp_path / "out.csv", part_size=2).images
 
     assert as_ranks(write) == [11, 11]
+
+
+def test_errors_that_are_held_keep_no_rank_waiting(as_ranks):
+    """Of four each is connected to two others, and hears of the third by them."""
+
+    def held(rank: int) -> str:
+        errors = []
+        try:
+            with between_ranks() as exchange:
+                exchange(rank)
+                if rank == 1:
+                    raise KeyError(rank)
+                exchange(rank)
+        except (KeyError, RuntimeError) as error:
+            errors.append(error)
+            time.sleep(1)  # else the end of a process would tell the others
+            return type(errors[0]).__name__, time.monotonic()
+
+    names, ends = zip(*as_ranks(held, 4), strict=True)
+    assert names == ("RuntimeError", "KeyError", "RuntimeError", "RuntimeError")
+    assert max(ends) - min(ends) < 0.9
+
+
+def test_restarted_ranks(as_ranks, monkeypatch, predictor, images, tmp_path):
+    """torchrun's store holds what the ranks of the try before left there."""
+    port = int(os.environ["MASTER_PORT"])
+    store = distributed.TCPStore("127.0.0.1", port, None, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    output = tmp_path / "out.csv"
+    assert None in as_ranks(lambda rank: predictor.write(images, output, watch=lambda *batch: os._exit(9)))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+
+    def again(rank: int) -> int:
+        time.sleep(0.5 * (rank == 0))  # the other one finds what is there of rank 0
+        return predictor.write(images, output, resume=True).images
+
+    assert as_ranks(again) == [11, 11]
+    del store
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -332,7 +332,9 @@ def test_nothing_supported():
         ({"cuda_graphs": 1}, ValueError, "cuda_graphs must be 'auto', True or False, got 1"),
         ({"mean": (0.5, 0.5, 0.5)}, ValueError, "mean and std must be given together"),
         ({"mean": (0.5,), "std": (0.5, 0.5)}, ValueError, "mean and std must be of one length, got 1 and 2 values"),
-        ({"mean": (0.5, 0.5), "std": (0.5, 0)}, ValueError, r"std must be numbers above 0, got \(0\.5, 0\)"),
+        ({"mean": (0.5, 0.5), "std": (0.5, 0)}, ValueError, r"std must be above 0, got \(0\.5, 0\)"),
+        ({"mean": ("a",), "std": (0.5,)}, ValueError, r"mean must be a sequence of numbers, .*, got \('a',\)"),
+        ({"mean": (0.5,), "std": (float("nan"),)}, ValueError, r"std must be a sequence of numbers, .*, got \(nan,\)"),
         ({"mean": 0.5, "std": 0.5}, ValueError, "mean must be a sequence of numbers, one for each channel, got 0.5"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -388,7 +390,7 @@ def test_uint8_without_mean_and_std(model):
 def test_pixels_and_a_config_with_a_std_of_0(model):
     model.pretrained_cfg = model.pretrained_cfg | {"std": (0.5, 0, 0.5)}
     fast = swinfast.optimize(model)
-    with pytest.raises(ValueError, match=r"the std to normalise them with must be above 0, got \(0\.5, 0, 0\.5\)"):
+    with pytest.raises(ValueError, match=r"the std to normalise them with must be above 0, got \(0\.5, 0\.0, 0\.5\)"):
         fast(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
 
 
@@ -410,7 +412,11 @@ def test_uint8_of_other_channels_than_mean_and_std(timm, channels):
     model = timm.create_model("swinv2_cr_tiny_224", **small_model_args(in_chans=channels)).eval()
     with pytest.raises(ValueError, match=f"of {channels} channels, and the mean and std to normalise them with of 3"):
         swinfast.optimize(model)(torch.zeros(2, channels, 64, 64, dtype=torch.uint8))
-    swinfast.optimize(model, mean=[0.5], std=[0.5])(torch.zeros(2, channels, 64, 64, dtype=torch.uint8))
+    pixels = torch.zeros(2, channels, 64, 64, dtype=torch.uint8)
+    expected = swinfast.optimize(model, mean=[0.5], std=[0.5])(pixels)
+    torch.testing.assert_close(
+        swinfast.optimize(model, mean=torch.tensor([0.5]), std=torch.tensor([0.5]))(pixels), expected
+    )
 
 
 def test_float16_on_a_cpu_warns(model):

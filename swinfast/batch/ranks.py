@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -43,7 +44,10 @@ def between_ranks() -> Iterator[Exchange]:
         values = [None] * world
         try:
             distributed.all_gather_object(values, value, group)
-        except RuntimeError as error:
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they have the group, too
+            if not isinstance(error, RuntimeError):
+                raise
             reason = str(error).partition(". ")[0]
             raise RuntimeError(
                 f"another rank has ended before the run was done, finished parts stay: {reason}"
