@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,7 @@ from .compute import Waits
 from .engine import Division
 from .formats import check_ending, output_files
 from .parts import Parts, differences
+from .places import Places
 from .processes import work_on
 from .ranks import Exchange, between_ranks, rank_and_world
 from .share import Job, Listener, check_same_inputs, work
@@ -97,9 +98,10 @@ def write(
         if images.output is None or Path(images.output) != output:  # else all paths were checked against it already
             images = replace(images, output=str(output))
         batch_size = exchange(pipeline.batch_size)[0]
-        if pipeline.found_batch_size:
-            pipeline.batch_size = batch_size
-        job = _job(pipeline, images, output, resume, strict, part_size, devices)
+        if pipeline.found_batch_size:  # another try, or rank, would find another number
+            pipeline.batch_size = (resume and Parts.batch_size_of(output)) or batch_size
+        division = Division(_part_size(pipeline, part_size), pipeline.batch_size)
+        job = Job(pipeline, images, output, division, strict, _settings(pipeline, images, division.part_size, devices))
         for rank, settings in enumerate(every := exchange({"output": output.name} | job.settings)):
             if said := differences(every[0], settings):
                 raise ValueError(f"ranks must have the same settings; from rank 0 to rank {rank}: {said}")
@@ -112,8 +114,8 @@ def _check(pipeline: "Pipeline", output: Path, devices: Sequence[str]) -> None:
         raise ValueError(f"devices must be several names, got {devices!r}")
     check_ending(output, pipeline.endings)
     check_writable("output", output)
-    parts = Parts(output, {})
-    for file in (parts.manifest, parts.errors, *(file.target for file in output_files(output, pipeline.layout))):
+    places = Places.of(output)
+    for file in (places.manifest, places.errors, *(file.target for file in output_files(output, pipeline.layout))):
         check_writable("what is written with output", file)
     for device in devices:
         pipeline.check_device(device)
@@ -138,23 +140,17 @@ def _run(job: Job, exchange: Exchange, resume: bool, devices: Sequence[str], cou
         parts.release()
 
 
-def _job(
-    pipeline: "Pipeline",
-    images: Images,
-    output: Path,
-    resume: bool,
-    strict: bool,
-    part_size: int | None,
-    devices: Sequence[str],
-) -> Job:
-    if resume and pipeline.found_batch_size:  # another try would find another number
-        pipeline.batch_size = Parts.batch_size_of(output) or pipeline.batch_size
-    if part_size is None:
+def _part_size(pipeline: "Pipeline", wanted: int | None) -> int:
+    """Whole batches, of as many images as are wanted or more."""
+    if wanted is None:
         row = sum(array.dtype.itemsize * math.prod(array.shape[1:]) for array in pipeline.no_rows().values())
-        part_size = max(1, min(PART_SIZE, PART_BYTES // row))
-    part_size = -(-part_size // pipeline.batch_size) * pipeline.batch_size
+        wanted = max(1, min(PART_SIZE, PART_BYTES // row))
+    return -(-wanted // pipeline.batch_size) * pipeline.batch_size
+
+
+def _settings(pipeline: "Pipeline", images: Images, part_size: int, devices: Sequence[str]) -> dict[str, Any]:
+    """All that results depend on."""
     chosen = {"members": images.members, "image_column": images.image_column}
     regions = {str(autocast_dtype(torch.device(device))) for device in devices or [pipeline.device]}
     around = {"autocast": ", ".join(sorted(regions))} | pillow_settings()
-    settings = pipeline.settings() | {"part_size": part_size} | chosen | around
-    return Job(pipeline, images, output, Division(part_size, pipeline.batch_size), strict, settings)
+    return pipeline.settings() | {"part_size": part_size} | chosen | around
