@@ -59,9 +59,14 @@ def adapter_of(cls: type) -> Adapter | None:
     return ADAPTERS.get(cls.__qualname__) if cls.__module__ in HOMES else None
 
 
+def adapter_for(module: nn.Module) -> Adapter | None:
+    """The adapter for a module, replaced or not."""
+    return adapter_of(class_of(module))
+
+
 def is_patch_embed(module: nn.Module) -> bool:
     """Whether a module is a patch embedding that swinfast knows, replaced or not."""
-    adapter = adapter_of(class_of(module))
+    adapter = adapter_for(module)
     return adapter is not None and adapter.kind == "patch embedding"
 
 

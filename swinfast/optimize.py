@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import graphs
-from .adapters import DTYPES, SUPPORTED, Adapter, adapter_of, class_of, is_classifier
+from .adapters import DTYPES, SUPPORTED, adapter_for, class_of, is_classifier
 from .backends import check_choice
 from .classifier import FusedClassifier
 from .fused import FUSED, Fused, FusedStage, ImageScale, Settings, fuse
@@ -58,18 +58,19 @@ def optimize(
     check_choice(backend, device)
     if cuda_graphs is True and not graphs.are_possible(device):
         raise RuntimeError(f"cuda_graphs=True can't run: no GPU, and the model is on {device}; use cuda_graphs='auto'")
-    if not any(_adapter_of(module) for module in model.modules()):
+    if not any(adapter_for(module) for module in model.modules()):
         raise ValueError(f"found nothing to optimize in {type(model).__name__}; supported are {SUPPORTED}")
     if not inplace:
         model = copy.deepcopy(model)
     if dtype is not None:
         model.to(dtype)
+    given = None if mean is None else (_numbers(mean), _numbers(std))
     scales = _image_scales(model)
     for module in list(model.modules()):
-        adapter = _adapter_of(module)
+        adapter = adapter_for(module)
         if adapter is not None:
             known = module._swinfast.image_scale if isinstance(module, Fused) else None
-            scale = (_numbers(mean), _numbers(std)) if mean is not None else known or scales.get(module)
+            scale = given or known or scales.get(module)
             if not isinstance(module, Fused):
                 fuse(module, FUSED[adapter.kind])
             module._swinfast = Settings(backend, cuda_graphs, scale)
@@ -94,10 +95,6 @@ def refresh(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Fused):
             module._swinfast.forget()
-
-
-def _adapter_of(module: nn.Module) -> Adapter | None:
-    return adapter_of(class_of(module))
 
 
 def _image_scales(model: nn.Module) -> dict[nn.Module, ImageScale]:
