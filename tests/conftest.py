@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from swinfast.reference import SwinTransformerV2Cr
 from torch import nn
 
+import swinfast
 from bench.peers import import_timm
 from swinfast import graphs, torch_backend
 from swinfast.cli import main
@@ -89,6 +90,18 @@ def model_folder(tmp_path_factory) -> Path:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(randomise(SwinTransformerV2Cr(**args, num_classes=10)).state_dict(), folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture
+def model(model_folder) -> nn.Module:
+    """That of model_folder; many files of tests have another by this name."""
+    return swinfast.create_model(str(model_folder))
+
+
+@pytest.fixture
+def images(tmp_path) -> list[str]:
+    """Eleven files."""
+    return [str(write_image(tmp_path / f"{seed:02}.png", seed)) for seed in range(11)]
 
 
 @pytest.fixture

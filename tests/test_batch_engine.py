@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import randomise, write_image
+from helpers import randomise
 from PIL import ImageFile
 from torch import nn
 
@@ -29,16 +29,6 @@ from swinfast.batch.sources import Item
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "examples/digits"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def images(tmp_path) -> list[str]:
-    return [str(write_image(tmp_path / f"{seed:02}.png", seed)) for seed in range(11)]
-
-
-@pytest.fixture
-def model(model_folder) -> nn.Module:
-    return swinfast.create_model(str(model_folder))
 
 
 def total(pixels: torch.Tensor) -> dict[str, torch.Tensor]:

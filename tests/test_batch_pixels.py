@@ -6,22 +6,12 @@ from types import MethodType
 import numpy as np
 import pytest
 import torch
-from helpers import randomise, write_image
+from helpers import randomise
 from PIL import Image
 from swinfast.reference import SwinTransformerV2Cr
 from torch import nn
 
 import swinfast
-
-
-@pytest.fixture
-def images(tmp_path) -> list[str]:
-    return [str(write_image(tmp_path / f"{seed:02}.png", seed)) for seed in range(11)]
-
-
-@pytest.fixture
-def model(model_folder) -> nn.Module:
-    return swinfast.create_model(str(model_folder))
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float64, 1e-6)], ids=str)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from multiprocessing import get_context
 
 import pytest
-from helpers import write_image
 from torch import distributed
 
 import swinfast
@@ -20,13 +19,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 @pytest.fixture
-def images(tmp_path) -> list[str]:
-    return [str(write_image(tmp_path / f"{seed:02}.png", seed)) for seed in range(11)]
-
-
-@pytest.fixture
-def predictor(model_folder) -> swinfast.Predictor:
-    return swinfast.Predictor(swinfast.create_model(str(model_folder)), batch_size=2, device="cpu", workers=0)
+def predictor(model) -> swinfast.Predictor:
+    return swinfast.Predictor(model, batch_size=2, device="cpu", workers=0)
 
 
 @pytest.fixture
