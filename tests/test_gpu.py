@@ -1,5 +1,6 @@
 """The same promises on an NVIDIA GPU: `pytest -m gpu`. Skipped where there is none."""
 
+import copy
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from swinfast.kernels.window_attention import padded_size, window_attention
 
 import swinfast
 from swinfast import graphs
+from swinfast.benchmark import PeakMemory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -262,6 +264,22 @@ def test_peak_memory(timm):
             torch.cuda.reset_peak_memory_stats()
             either(images)
             peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] <= peaks[0] / 3
+
+
+def test_memory_of_a_graph(timm):
+    """As bench.models counts it, all that it keeps included."""
+    model = randomise(timm.create_model("swinv2_cr_tiny_ns_224")).eval().cuda().half()
+    images = torch.randn(256, 3, 224, 224, device="cuda", dtype=torch.float16)
+    peaks = []
+    with torch.inference_mode():
+        for build in (copy.deepcopy, swinfast.optimize):
+            memory = PeakMemory(images.device)
+            either = build(model)
+            for _ in range(3):
+                either(images)
+            peaks.append(memory.of(lambda either=either: either(images)))
+    assert len(either.plan().graphs) == 1
     assert peaks[1] <= peaks[0] / 3
 
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 import swinfast
 from swinfast import graphs
 from swinfast.calls import kind_of
+from swinfast.torch_linear import has_native_bfloat16
 
 BATCH = 256
 
@@ -91,6 +92,8 @@ def test_at_most_a_third_of_the_plain_models(timm, name, in_a_graph, monkeypatch
 @pytest.mark.parametrize("options", [{}, {"img_size": 232}, {"window_size": 4}], ids=str)
 def test_at_most_the_plain_models_on_a_cpu(timm, options, dtype):
     """For batches of a single part, too, which have the largest share."""
+    if dtype == torch.bfloat16 and not has_native_bfloat16():
+        pytest.skip("this CPU computes bfloat16 in float32, which takes more memory")
     model = timm.create_model("swinv2_cr_tiny_ns_224", depths=(2, 2, 2, 2), **options).eval().to(dtype)
     fast = swinfast.optimize(model)
     for batch in (1, 2, 3):

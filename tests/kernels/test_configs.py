@@ -55,6 +55,7 @@ SHAPES = {  # what a kernel's rows are matched by
     "attention_parts": {"channels", "tokens", "block_d", "stream_bytes", "rows"},
     **{form: {"channels", "tokens", "rows"} for form in FORMS},
     "launches": {"elements"},
+    "at_once": {"channels"},
 }
 TABLES = {
     "sm_1": [
@@ -166,6 +167,8 @@ def test_tables(file):
                 assert max(tokens if isinstance(tokens, list) else [tokens]) <= LARGEST_TILE, row
         elif row["kernel"] == "linear" and "use" in row["blocks"]:
             assert row["blocks"] == {"use": "library"}, row
+        elif row["kernel"] == "at_once":
+            assert row["blocks"].keys() == {"MB"} and row["blocks"]["MB"] in range(1, 1 << 20), row
         else:
             blocks = dict(row["blocks"])
             if "maxnreg" in blocks:  # an option of NVIDIA's compiler
@@ -192,7 +195,11 @@ def test_every_shape_has_a_configuration(arch, precision):
 @pytest.mark.parametrize("arch", [*ARCHS, "sm_86"])
 @pytest.mark.parametrize("half, parts", [("attention_half", "attention_parts"), ("mlp_half", "mlp_parts")])
 def test_parts_are_for_the_fewest_rows(arch, half, parts):
-    """As rows grow there is a number from which on they are chosen no more; and only where a cache has room for any."""
+    """As rows grow there is a number from which on they are chosen no more; and only where a cache has room for any.
+
+    Where others were measured to be faster, they are not chosen at all.
+    """
+    chosen = False
     for channels in (96, 128, 192, 256, 384, 512, 768, 1024):
         uses = [
             config(half, arch, "float16", channels=channels, tokens=49, rows=1 << power).blocks["use"]
@@ -200,7 +207,8 @@ def test_parts_are_for_the_fewest_rows(arch, half, parts):
         ]
         few = [use == parts for use in uses]
         assert few == sorted(few, reverse=True), (channels, uses)
-        assert any(few) == (arch not in ("sm_86", "gfx942"))
+        chosen |= any(few)
+    assert chosen == (arch not in ("sm_86", "gfx942"))
 
 
 @settings(derandomize=True, database=None, deadline=None)
