@@ -115,10 +115,15 @@ def matches(when: dict[str, Any], shape: dict[str, int]) -> bool:
 
 
 def tile(chosen: Config) -> str:
-    """A configuration in short: 128x64x32 w4 s3, then r168 for a limit of registers, o for overlapped."""
-    blocks = "x".join(str(size) for name, size in chosen.blocks.items() if name not in NO_SIZES) or "-"
+    """A configuration in short: 128x64x32 w4 s3.
+
+    Then p2 for two programs to a multiprocessor that stay, r168 for a limit of registers, o for overlapped.
+    """
+    blocks = "x".join(str(size) for name, size in chosen.blocks.items() if name not in (*NO_SIZES, "PER_UNIT")) or "-"
+    stay = f" p{chosen.blocks['PER_UNIT']}" if "PER_UNIT" in chosen.blocks else ""
     limit = f" r{chosen.blocks['maxnreg']}" if "maxnreg" in chosen.blocks else ""
-    return f"{blocks} w{chosen.num_warps} s{chosen.num_stages}{limit}{' o' if chosen.blocks.get('OVERLAPPED') else ''}"
+    overlapped = " o" if chosen.blocks.get("OVERLAPPED") else ""
+    return f"{blocks} w{chosen.num_warps} s{chosen.num_stages}{stay}{limit}{overlapped}"
 
 
 def cdiv(size: int, block: int) -> int:

@@ -34,7 +34,7 @@ def test_candidates(kernel):
 @pytest.mark.parametrize(
     ("kernel", "sizes", "wanted"),
     [
-        ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 1 << 16}, "128x128x64x2 w4 s3"),
+        ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 1 << 16}, "128x128x64 w4 s3 p2"),
         ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 256}, "64x64x128 w4 s3"),  # as it is
         ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 256}, "64x64x128 w4 s3 o"),
         ("linear", {"k": 384, "n": 1536, "gelu": 1, "rows": 256}, "library w4 s1"),
@@ -56,6 +56,7 @@ def test_candidates(kernel):
         ),
         ("window_attention", {"tokens": 49, "block_d": 32}, "64x64x8 w4 s3 o"),
         ("mlp_block", {"channels": 96, "stream_bytes": 2, "rows": 1 << 20}, "128x32 w4 s2"),
+        ("mlp_block", {"channels": 96, "stream_bytes": 2, "rows": 1 << 20}, "256x64 w16 s1 p1"),
         ("mlp_block", {"channels": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x32 w8 s3"),
         ("mlp_block", {"channels": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x64x2 w8 s3"),
         ("linear_norm_residual", {"channels": 192, "k": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x64 w4 s2"),
@@ -134,6 +135,11 @@ def test_implausible_candidates_are_not():
     fits = [len(tiles("linear", precision, k=384, n=1536, **many)) for precision in ("float32", "float16")]
     assert fits[0] < fits[1]  # shared memory
     assert any("PER_UNIT" in blocks for blocks in tiles("linear", k=384, n=1536, **many))
+    held = [blocks for blocks in tiles("mlp_block", channels=96, stream_bytes=2, rows=1 << 20) if "PER_UNIT" in blocks]
+    assert {blocks["BLOCK_M"] for blocks in held} == {128, 256}
+    for sizes in ({"channels": 128}, {"stream_bytes": 4}, {"rows": 4096}):  # too many weights, another stream, few rows
+        others = tiles("mlp_block", **{"channels": 96, "stream_bytes": 2, "rows": 1 << 20} | sizes)
+        assert not any("PER_UNIT" in blocks or blocks["BLOCK_M"] > 128 for blocks in others)
     few = {"gelu": 1, "rows": 256}
     assert not any("PER_UNIT" in blocks for blocks in tiles("linear", k=384, n=1536, **few))  # nothing to go on to
     assert not any("PER_UNIT" in blocks for blocks in tiles("linear", "float32", k=384, n=1536, **many))

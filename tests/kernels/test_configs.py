@@ -29,7 +29,7 @@ BLOCKS = {
 OPTIONAL = {  # and what has a value by default
     "linear_norm_residual": {"TILE"},
     "norm_residual": {"TILE"},
-    "mlp_block": {"TILE", "AHEAD"},
+    "mlp_block": {"TILE", "AHEAD", "PER_UNIT"},
     "attention_block": {"TILE"},
     "window_attention": {"IMAGES"},
     "linear": {"PER_UNIT"},
@@ -138,6 +138,7 @@ def test_override():
         ({}, {}, "- w2 s3"),
         ({"BLOCK_M": 16, "maxnreg": 96}, {"maxnreg": 96}, "16 w2 s3 r96"),
         ({"OVERLAPPED": True, "BLOCK_M": 16}, {"launch_pdl": True}, "16 w2 s3 o"),
+        ({"BLOCK_M": 16, "PER_UNIT": 2, "BLOCK_K": 32, "maxnreg": 96}, {"maxnreg": 96}, "16x32 w2 s3 p2 r96"),
         ({"BLOCK_M": 16, "maxnreg": 96, "OVERLAPPED": True}, {"maxnreg": 96, "launch_pdl": True}, "16 w2 s3 r96 o"),
     ],
 )

@@ -3,10 +3,8 @@
 from contextlib import contextmanager
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-import triton
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_helpers import (
@@ -25,6 +23,7 @@ from kernel_helpers import (
     check,
     each_dtype,
     few_examples,
+    loops_to_a_number,
     mutant,
     odd_dtypes,
     run,
@@ -84,12 +83,6 @@ DESCRIBED = {  # whole and cut tiles, more and fewer of them than programs
     "few": ((2, 3, 32), 64, True, False),
     "no bias": ((70, 40), 24, False, True),
 }
-
-
-loops_to_a_number = pytest.mark.skipif(
-    launch.INTERPRETED and triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
-    reason="Triton 3.6's interpreter can't loop up to a run-time number with NumPy 2.4",
-)
 
 
 @contextmanager
