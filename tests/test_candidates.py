@@ -57,9 +57,10 @@ def test_candidates(kernel):
         ("window_attention", {"tokens": 49, "block_d": 32}, "64x64x8 w4 s3 o"),
         ("mlp_block", {"channels": 96, "stream_bytes": 2, "rows": 1 << 20}, "128x32 w4 s2"),
         ("mlp_block", {"channels": 96, "stream_bytes": 2, "rows": 1 << 20}, "256x64 w16 s1 p1"),
-        ("mlp_block", {"channels": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x32 w8 s3"),
+        ("mlp_block", {"channels": 96, "stream_bytes": 2, "rows": 1 << 20}, "256x64 w8 s1 p1"),
+        ("mlp_block", {"channels": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x32x2 w8 s3"),
         ("mlp_block", {"channels": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x64x2 w8 s3"),
-        ("linear_norm_residual", {"channels": 192, "k": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x64 w4 s2"),
+        ("linear_norm_residual", {"channels": 192, "k": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x64 w4 s3"),
         ("attention_block", {"channels": 192, "tokens": 64, "stream_bytes": 2}, "- w4 s1"),
         ("window_attention", {"tokens": 49, "block_d": 32}, "64x64x4 w4 s3"),
         ("window_attention", {"tokens": 49, "block_d": 32}, "64x64x8 w4 s3 r96"),
@@ -104,7 +105,7 @@ def test_many_rows_are_tried_overlapped_once():
 
 def test_an_overlapped_choice_is_tried_without():
     sizes = {"channels": 384, "in_parts": 0, "rows": 256}
-    present = config("norm_residual", "sm_90", "float16", **sizes)
+    present = Config({"BLOCK_M": 2}, 1, 1, "a test")
     overlapped = present._replace(blocks=present.blocks | {"OVERLAPPED": True})
     tried = candidates("norm_residual", sizes, "float16", overlapped, "sm_90")
     assert present[:3] in [one[:3] for one in tried[1:]]
