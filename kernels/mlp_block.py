@@ -296,7 +296,8 @@ def mlp_block(
     )
     blocks = {name: size for name, size in chosen.blocks.items() if name != "PER_UNIT"}
     kernel, programs = _mlp_block_kernel, cdiv(rows, blocks["BLOCK_M"])
-    if "PER_UNIT" in chosen.blocks and isinstance(rows, int) and x.dtype == fc1_weight.dtype != torch.float32:
+    stays = "PER_UNIT" in chosen.blocks and isinstance(rows, int) and x.dtype == fc1_weight.dtype != torch.float32
+    if stays and hidden <= 4 * channels:  # for as large a hidden layer rows of the tables hold weights
         kernel, programs = _persistent_mlp_block_kernel, min(programs, chosen.blocks["PER_UNIT"] * units(x.device))
     launch(
         kernel,
