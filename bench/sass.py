@@ -3,7 +3,8 @@
 import re
 from typing import Any
 
-from swinfast.kernels.gate import Job, compile_job, look_into
+from swinfast.kernels.gate import Job, compile_job
+from swinfast.kernels.machine_code import look_into
 
 
 def issued_instructions(job: Job) -> float:

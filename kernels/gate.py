@@ -8,11 +8,9 @@ be TF32 ("ieee") are ordinary multiply-adds: no matrix instruction computes them
 import hashlib
 import importlib
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
@@ -22,6 +20,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from .configs import Config
 from .launch import Launch
+from .machine_code import look_into
 
 PRODUCTS = {  # matrix instructions by what their text in the assembly is
     "wgmma": "wgmma.mma_async",
@@ -36,7 +35,6 @@ DERIVED = {
 TENSOR_MEMORY = 512  # columns
 WAIT = "griddepcontrol.wait"  # for the kernel before an overlapped one
 ACCESS = re.compile(r"\b(?:ld|st|cp|red|atom)\.[\w.:]*global")
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 class Arch(NamedTuple):
@@ -186,14 +184,6 @@ def _cuda_resources(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes on the stack): spills are the only use of it."""
     text = look_into(cubin, "cuobjdump", "-res-usage")
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
-
-
-def look_into(cubin: bytes, tool: str, option: str) -> str:
-    """What one of the tools that come with Triton says of machine code for NVIDIA's GPUs."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _amd_resources(assembly: str) -> tuple[int, int]:

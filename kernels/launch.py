@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Config
+from .machine_code import refuse_miscompiled
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_ROWS = 2**31 - 2**16  # row numbers are 32-bit integers, offsets 64-bit
@@ -26,6 +27,8 @@ OWN_DTYPE = ("table", "scale", "shift")  # parameters whose dtype is not that of
 AUTOCAST_DEVICES = ("cpu", "cuda")
 HERE = nullcontext()
 _LIBRARY = torch.library.Library("swinfast", "FRAGMENT")
+if not INTERPRETED:
+    refuse_miscompiled()
 
 
 class Launch(NamedTuple):

@@ -1,0 +1,106 @@
+"""Machine code for NVIDIA's GPUs: looking into it, and refusing what its compiler got wrong.
+
+ptxas 12.8, which Triton 3.6 and 3.7 bring along for GPUs up to compute capability 9.0, computes addresses of matrix
+products of some kernels from a register that nothing has written. Such a kernel reads beyond its shared memory, which
+ends the CUDA context, or multiplies other numbers (seen on an H200; 13.0 compiles the same PTX well). So what Triton
+compiles of this package is looked into before it can be launched.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import triton
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+ARCH = 90  # whose products take addresses from uniform registers, and whose kernels that ptxas compiles
+MARK = "looked_into"  # a file beside the kernels in Triton's cache in which nothing was found
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+REGISTER = re.compile(r"(g?desc)?\[?UR(\d+)")
+WRITE_NONE = ("UISETP", "UTMA", "UBLK")  # of those whose first operand may be a uniform register
+PARTS = "UPRMT"  # takes bytes of registers, and may be given one of which none is taken
+
+
+class Miscompiled(RuntimeError):
+    """A kernel reads what nothing has written."""
+
+
+def look_into(cubin: bytes, tool: str, option: str) -> str:
+    """What one of the tools that come with Triton says of machine code for NVIDIA's GPUs."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def unwritten(sass: str) -> list[str]:
+    """Instructions that read uniform registers before anything has written these, in the order of the code."""
+    written: set[int] = set()
+    found = []
+    for line in sass.splitlines():
+        instruction = INSTRUCTION.search(line)
+        if instruction is None:
+            continue
+        name, operands = instruction[1], [operand.strip() for operand in instruction[2].split(",")]
+        first = re.fullmatch(r"UR(\d+)", operands[0])
+        if first and not name.startswith(WRITE_NONE):
+            place, operands = int(first[1]), operands[1:]
+            writes = range(place, place + _width(name))
+        else:
+            writes = range(0)
+        if not name.startswith(PARTS) and any(register not in written for register in _reads(name, operands)):
+            found.append(" ".join(instruction.groups()))
+        written.update(writes)
+    return found
+
+
+def _width(name: str) -> int:
+    return 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
+
+
+def _reads(name: str, operands: list[str]) -> Iterator[int]:
+    """Uniform registers. A descriptor is two of them; that of a product whose left factor is in registers, the latter
+    two of its four."""
+    for operand in operands:
+        for kind, number in REGISTER.findall(operand):
+            place = int(number)
+            if kind == "gdesc":
+                yield from range(place + (2 if re.match(r"R\d", operands[1]) else 0), place + 4)
+            else:
+                yield from range(place, place + (2 if kind == "desc" or name.startswith("UIADD3.64") else 1))
+
+
+def refuse_miscompiled() -> None:
+    """From now on, have Triton raise Miscompiled where it would return a kernel of this package that is."""
+    before = triton.knobs.compilation.listener
+
+    def listener(*, src: Any, metadata: dict[str, Any], metadata_group: dict[str, str], **rest: Any) -> None:
+        if before is not None:
+            before(src=src, metadata=metadata, metadata_group=metadata_group, **rest)
+        function, target = getattr(getattr(src, "fn", None), "fn", None), metadata["target"]
+        ours = getattr(function, "__module__", "").startswith(__package__)
+        if ours and (target.backend, target.arch) == ("cuda", ARCH):
+            _check(function.__name__, metadata_group)
+
+    triton.knobs.compilation.listener = listener
+
+
+def _check(name: str, files: dict[str, str]) -> None:
+    cubin = next((Path(file) for file in files.values() if file.endswith(".cubin")), None)
+    if cubin is None or cubin.with_name(MARK).exists():
+        return
+    try:
+        found = unwritten(look_into(cubin.read_bytes(), "nvdisasm", "-c"))
+    except (OSError, subprocess.CalledProcessError):
+        return  # without the tool nobody knows
+    if found:
+        raise Miscompiled(
+            f"{name} was compiled to machine code that reads what nothing has written ({found[0]}): a bug of ptxas "
+            "12.8, which TRITON_PTXAS_PATH can replace by a newer one"
+        )
+    with suppress(OSError):
+        cubin.with_name(MARK).touch()

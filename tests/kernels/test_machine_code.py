@@ -1,0 +1,142 @@
+"""What the compiler of machine code got wrong is refused before it can be launched."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import triton
+from swinfast.kernels import machine_code
+from swinfast.kernels.machine_code import MARK, TOOLS, Miscompiled, refuse_miscompiled, unwritten
+
+WELL = """
+        /*0050*/                   ULDC.64 UR26, c[0x0][0x208] ;
+        /*0060*/              @!P5 LDG.E R2, desc[UR26][R2.64] ;
+        /*00d0*/                   UMOV UR7, 0x400 ;
+        /*00e0*/                   UPRMT UR11, UR11, 0x3340, UR11 ;
+        /*00f0*/                   S2UR UR9, SR_CTAID.X ;
+        /*0100*/                   UISETP.GE.AND UP0, UPT, UR9, UR7, UPT ;
+        /*0110*/                   UIADD3 UR8, UP0, UR7, 0x2, URZ ;
+        /*0120*/                   UIADD3.X UR9, URZ, 0x40000040, URZ, UP0, !UPT ;
+        /*0130*/                   UIADD3.64 UR10, UR8, 0x2, URZ ;
+        /*0140*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
+        /*0150*/                   UMOV UR14, UR7 ;
+        /*0160*/                   UMOV UR15, 0x80000020 ;
+        /*0170*/                   HGMMA.64x32x16.F32 R24, R48, gdesc[UR12].tnspB, RZ, !UPT ;
+"""
+BAD = {  # as ptxas 12.8 made it
+    "an address": "UIADD3 UR4, UP0, UR24, 0x2, URZ",
+    "its upper half": "UIADD3.X UR5, UR24, -0x7fffffe0, URZ, UP0, !UPT",
+    "an address in itself": "UIADD3 UR34, UP0, UR34, 0x2, URZ",
+    "the latter of two": "UIADD3.64 UR18, UR15, 0x3e, URZ",
+    "both factors in shared memory": "HGMMA.64x32x16.F32 R56, gdesc[UR12], R56",
+    "one in registers": "HGMMA.64x32x16.F32 R24, R44, gdesc[UR16].tnspB, R24",
+    "under a predicate": "@UP0 UMOV UR5, UR24",
+    "a place in memory": "STG.E.128 desc[UR28][R16.64], R8",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_unwritten(name):
+    assert unwritten(WELL) == []
+    assert unwritten(f"{WELL}        /*0180*/                   {BAD[name]} ;\n") == [BAD[name].removeprefix("@UP0 ")]
+    written = "".join(f"        /*0000*/                   UMOV UR{place}, URZ ;\n" for place in range(12, 40))
+    assert unwritten(f"{WELL}{written}        /*0180*/                   {BAD[name]} ;\n") == []
+
+
+class Compiled:
+    """What Triton tells of a kernel that it compiled."""
+
+    def __init__(self, folder, module="swinfast.kernels.linear", backend="cuda", arch=90):
+        self.cubin = folder / "_a_kernel.cubin"
+        self.cubin.write_bytes(b"machine code")
+        function = SimpleNamespace(__module__=module, __name__="_a_kernel")
+        self.told = {
+            "src": SimpleNamespace(fn=SimpleNamespace(fn=function)),
+            "metadata": {"target": SimpleNamespace(backend=backend, arch=arch)},
+            "metadata_group": {"_a_kernel.json": str(folder / "_a_kernel.json"), "_a_kernel.cubin": str(self.cubin)},
+            "times": None,
+            "cache_hit": False,
+        }
+
+    @property
+    def mark(self):
+        return self.cubin.with_name(MARK)
+
+
+@pytest.fixture
+def look(monkeypatch):
+    """Has machine code looked into, which is what this returns; and what a listener from before was told."""
+    seen = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **told: seen.append(told))
+    refuse_miscompiled()
+
+    def look_at(compiled, sass):
+        def look_into(cubin, tool, option):
+            assert (cubin, tool) == (b"machine code", "nvdisasm")
+            if isinstance(sass, Exception):
+                raise sass
+            return sass
+
+        monkeypatch.setattr(machine_code, "look_into", look_into)
+        triton.knobs.compilation.listener(**compiled.told)
+        assert seen.pop() == compiled.told
+
+    return look_at
+
+
+def test_miscompiled_kernels_are_refused(look, tmp_path):
+    compiled = Compiled(tmp_path)
+    for _ in range(2):  # from the cache, too
+        with pytest.raises(
+            Miscompiled, match=r"_a_kernel .* \(UIADD3 UR34, UP0, UR34, 0x2, URZ\): .*TRITON_PTXAS_PATH"
+        ):
+            look(compiled, f"/*0110*/ {BAD['an address in itself']} ;")
+    assert not compiled.mark.exists()
+
+
+def test_kernels_are_looked_into_once(look, tmp_path):
+    compiled = Compiled(tmp_path)
+    look(compiled, WELL)
+    assert compiled.mark.exists()
+    look(compiled, AssertionError("a second time"))
+
+
+@pytest.mark.parametrize(
+    "what", [{"module": "somebody.elses"}, {"backend": "hip", "arch": "gfx942"}, {"arch": 80}, {"arch": 100}], ids=str
+)
+def test_others_are_left_alone(look, tmp_path, what):
+    compiled = Compiled(tmp_path, **what)
+    look(compiled, AssertionError("looked into"))
+    assert not compiled.mark.exists()
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("no nvdisasm"), subprocess.CalledProcessError(1, "nvdisasm")])
+def test_without_the_tool(look, tmp_path, error):
+    compiled = Compiled(tmp_path)
+    look(compiled, error)
+    assert not compiled.mark.exists()
+
+
+COMPILE = """
+import sys, torch
+from bench.cases import cases_of, choose_forms, launch_of, model_named, FORMS
+from swinfast.kernels.configs import Config
+from swinfast.kernels.gate import compile_ahead, jobs_of
+with torch.no_grad():
+    cases = cases_of(model_named("padded"), 1, "float16", "sm_90", choose_forms(FORMS["heads"]))
+    case = next(case for case in cases if case.operation == "qkv_attention" and case.launch.args[0].shape[-1] == 48)
+    for block in (64, 16):
+        chosen = Config({"BLOCK_K": block}, 4, 2, "a test")
+        (job,) = jobs_of([(launch_of(case, chosen, "sm_90"), "float16")], "sm_90")
+        print(compile_ahead(job).error.partition(":")[0] or "well")
+"""
+
+
+def test_what_the_compiler_makes(tmp_path):
+    """Of a kernel that ptxas 12.8 gets wrong, and of one that it doesn't."""
+    version = subprocess.run([TOOLS / "ptxas", "--version"], capture_output=True, text=True, check=True).stdout
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["Miscompiled" if "release 12.8," in version else "well", "well"]
