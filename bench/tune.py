@@ -5,14 +5,12 @@
 For each kernel and shape of a forward, in every composition of the blocks: candidates (bench.candidates) are compiled
 in parallel; what spills, does not fit or lost its matrix instructions is refused; what remains must be as right as
 plain PyTorch, and is timed. The fastest then run against the present choice in interleaved rounds, and a row replaces a
-choice only where it wins by more than 2 % and in all rounds but one. Then the compositions are compared by the times
-of their kernels, and by whole forwards how much may lie between two of these (bench.at_once). For few images all is
-timed by whole forwards, and the compositions, where all kernels are asked for, come first. Every outcome is a line of a
-log, by which --resume goes on where an earlier run stopped.
+choice only where it wins by more than 2 % and in all rounds but one. Last, the compositions are compared by the times
+of their kernels. For few images all is timed by whole forwards, and the compositions, where all kernels are asked for,
+come first. Every outcome is a line of a log, by which --resume goes on where an earlier run stopped.
 """
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -37,7 +35,6 @@ from tabulate import tabulate
 
 from bench import OUT_OF_TIME, RESULTS
 from bench.alone import Bench, Crashed, in_words, outcome_of, winner
-from bench.at_once import AT_ONCE, limit_rows
 from bench.candidates import FEW, SIXTEEN_BITS, candidates
 from bench.cases import launch_of
 from bench.config_tables import Row, update
@@ -263,12 +260,6 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[..., Timer] = tim
                 targets, arch, options.candidates, bench_of, pool, log, deadline,
                 lambda target, final: found(row_of(target, final, about, what, where)),
             )  # fmt: skip
-            if not in_forward:
-                for precision in options.dtypes:
-                    found(*form_rows(models, batch, precision, arch, us_by_case(finals), about))
-                for forward in itertools.chain(*map(forwards, options.dtypes)) if AT_ONCE in options.kernels else ():
-                    for row in limit_rows(forward, arch, timer, log, deadline):
-                        found(row)
     except Failing as error:
         print(f"FAILED: {error}; --no-in-forward finds what runs")
         return 1
@@ -276,6 +267,10 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[..., Timer] = tim
         minutes = f"{(deadline - time.monotonic()) / 60:.2f}"
         print(f"the GPU's context is lost ({crash}): going on in a new process", flush=True)
         os.execv(sys.executable, [sys.executable, "-m", "bench.tune", *argv, "--resume", "--minutes", minutes])
+    if not in_forward:
+        us = {c.key: one for target, final in finals for c, one in zip(target.cases, final.by_case, strict=True)}
+        for precision in options.dtypes:
+            found(*form_rows(models, batch, precision, arch, us, about))
     print(report(finals))
     for row in rows:
         print(json.dumps(row))
@@ -284,11 +279,6 @@ def main(argv: Sequence[str] | None = None, timer_of: Callable[..., Timer] = tim
     if not left and any(target.in_use and str(target) not in done for target in targets):
         return 1  # nothing runs, as was said
     return OUT_OF_TIME if left or compositions.cut else 0
-
-
-def us_by_case(finals: Sequence[tuple[Target, Final]]) -> dict[tuple, float]:
-    """Microseconds of one call of each case, by its key."""
-    return {c.key: us for target, final in finals for c, us in zip(target.cases, final.by_case, strict=True)}
 
 
 def report(finals: Sequence[tuple[Target, Final]]) -> str:
@@ -308,8 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", nargs="+", metavar="NAME", help="default: swinv2_cr_tiny_ns_224 (small without GPU)")
     parser.add_argument("--batch", type=positive, help="images of the forward (default: 256; 1 without a GPU)")
     parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=["float16"])
-    every = (*KERNELS, AT_ONCE)
-    parser.add_argument("--kernels", nargs="+", choices=every, default=every, help=f"{AT_ONCE}: bytes between kernels")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--candidates", type=positive, default=24, help="of each target at most (default: %(default)s)")
     in_forward = f"time whole forwards with each candidate (default: on a GPU, at up to {FEW_IMAGES} images)"
     parser.add_argument("--in-forward", action=argparse.BooleanOptionalAction, help=in_forward)

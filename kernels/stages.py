@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .attention_block import attention_block
 from .attention_parts import attention_parts
-from .configs import MANY, at_most, cdiv, config
+from .configs import MANY, at_most, config
 from .cpb_bias import cpb_bias
 from .launch import arch_of, precision_name
 from .linear import linear
@@ -128,52 +128,6 @@ def bias_table(
     padded = padded_size(mlp[0].device, dtype, window_size, head_dim) if apart else [slots(window_size)] * 2
     table = cpb_bias(*mlp, list(window_size), list(shift_size), padded, dtype)
     return table if apart else arranged(table)
-
-
-def run_stage(merge: Merge | None, blocks: Sequence[Block], x: Tensor) -> Tensor:
-    """Patch merging, if any, and blocks. x [B, H, W, C], contiguous, to [B, H', W', C'].
-
-    Some images at a time, where the tables limit how many bytes may lie between two kernels of a block ("at_once"). So
-    they are still in the cache when the next kernel reads them, and a large batch takes less memory.
-    """
-    images = _images_at_once(merge, blocks, x)
-    if images is None or len(x) <= images:
-        held = [x]
-        del x
-        return _run_stage(merge, blocks, held.pop())
-    out, done = None, 0
-    for part in x.chunk(cdiv(len(x), images)):
-        y = _run_stage(merge, blocks, part)
-        if out is None:
-            out = y.new_empty((len(x), *y.shape[1:]))
-        out[done : done + len(y)] = y
-        done += len(y)
-    return out
-
-
-def _run_stage(merge: Merge | None, blocks: Sequence[Block], x: Tensor) -> Tensor:
-    held = [x]
-    del x
-    if merge is not None:
-        held = [run_merge(merge, held.pop())]
-    return run_blocks(blocks, held.pop())
-
-
-def _images_at_once(merge: Merge | None, blocks: Sequence[Block], x: Tensor) -> int | None:
-    """How many images may go through a stage at a time, None where there is no limit."""
-    if not blocks or torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x.shape[0], int):
-        return None  # a graph for any number of images
-    weight = blocks[0].qkv.weight
-    widest = max(map(_widest, blocks)) * weight.element_size()
-    limit = config("at_once", arch_of(x.device), precision_name(weight.dtype), channels=weight.shape[1]).blocks["MB"]
-    tokens = x.shape[1] * x.shape[2] if merge is None else cdiv(x.shape[1], 2) * cdiv(x.shape[2], 2)
-    return max(1, (limit << 20) // (tokens * widest)) if widest and tokens else None
-
-
-def _widest(block: Block) -> int:
-    """Numbers of a token between two kernels of a block, where there are more than in the residual stream."""
-    qkv = len(block.qkv.weight) if block.forms.attention_half == "window_attention" else 0
-    return max(qkv, len(block.fc1.weight) if block.forms.mlp_half == "linear" else 0)
 
 
 def run_blocks(blocks: Sequence[Block], x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .kernels.launch import DTYPES, INTERPRETED, arch_of, precision_name
 from .kernels.norm_residual import LARGEST_CHANNELS
 from .kernels.patch_embed import IMAGE_DTYPES
 from .kernels.patch_embed import patch_embed as embed
-from .kernels.stages import Block, Linear, Merge, Norm, bias_table, forms_of, run_stage
+from .kernels.stages import Block, Linear, Merge, Norm, bias_table, forms_of, run_blocks, run_merge
 from .kernels.window_attention import LARGEST_HEAD_DIM, LARGEST_WINDOW
 from .specs import BlockSpec, ImageScale, MergeSpec, PatchEmbedSpec, StageSpec
 
@@ -142,7 +142,9 @@ def stage(spec: StageSpec, tables: StageTables, x: Tensor) -> Tensor:
     with without_autocast(x.device):
         held = [x.to(tables.dtype).contiguous()]
         del x  # what is handed on can be freed there
-        return run_stage(tables.merge, tables.blocks, held.pop()).to(given)
+        if tables.merge is not None:
+            held = [run_merge(tables.merge, held.pop())]
+        return run_blocks(tables.blocks, held.pop()).to(given)
 
 
 def graph_pays(elements: int, device: torch.device, dtype: torch.dtype) -> bool:

@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import OPTIONS, SMALL, images_for, make, random_images, randomise, relative_rms
-from swinfast.kernels import configs, launch, stages
-from swinfast.kernels.configs import Config
+from swinfast.kernels import launch
 from swinfast.kernels.gate import ARCHS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -114,42 +113,6 @@ def test_nothing_but_kernels_runs(timm):
     assert all(name.startswith("swinfast::") for name in calls.names), calls.names
     assert "swinfast::cpb_bias" not in calls.names  # tables are made once
     assert {"aten::_softmax", "aten::roll", "aten::native_layer_norm", "aten::convolution"} <= set(original.names)
-
-
-@pytest.mark.parametrize("at_once", [1, 2, 3])
-def test_some_images_at_a_time(timm, monkeypatch, at_once):
-    model = make(timm, TINY, "timm")
-    fast = optimised(model, cuda_graphs=False)
-    images = random_images(3, 3, 32, 32).to(DEVICE)
-    with torch.no_grad():
-        expected = fast(images)
-        monkeypatch.setattr(stages, "_images_at_once", lambda *_: at_once)
-        with Calls() as calls:
-            assert relative_rms(fast(images), expected) <= 1e-6
-    merges = len(fast.stages) - 1
-    assert calls.names.count("swinfast::merge_norm") == merges * -(-3 // at_once)
-
-
-def test_bytes_between_kernels_are_limited(timm):
-    """As the tables say, in each stage: what products give out is the widest."""
-    model = timm.create_model("swinv2_cr_tiny_ns_224").to("meta").eval()
-    fast = swinfast.optimize(model, dtype=torch.float16, backend="triton")
-    limits = {96: 1, 192: 64, 384: 100, 768: 20}  # the first stage has nothing between its kernels
-
-    def choose(kernel, shape):
-        return Config({"MB": limits[shape["channels"]]}, 4, 1, "a test") if kernel == "at_once" else None
-
-    with torch.no_grad(), launch.record("sm_90") as launches, configs.override(choose):
-        fast.stages(fast.patch_embed(torch.empty(256, 3, 224, 224, device="meta", dtype=torch.float16)))
-    widest = dict.fromkeys(limits, 0)
-    for one in launches:
-        if one.kernel is None or one.kernel.__name__ in ("_linear_kernel", "_persistent_linear_kernel"):
-            rows = one.constants.get("rows") or one.args[-1]
-            if one.constants["K"] in limits:
-                widest[one.constants["K"]] = max(widest[one.constants["K"]], 2 * rows * one.constants["N"])
-    for channels, limit in limits.items():
-        assert channels == 96 or limit << 19 < widest[channels] <= limit << 20
-    assert not widest[96]
 
 
 def test_edits_are_seen(timm):

@@ -55,7 +55,6 @@ SHAPES = {  # what a kernel's rows are matched by
     "attention_parts": {"channels", "tokens", "block_d", "stream_bytes", "rows"},
     **{form: {"channels", "tokens", "rows"} for form in FORMS},
     "launches": {"elements"},
-    "at_once": {"channels"},
 }
 TABLES = {
     "sm_1": [
@@ -168,8 +167,6 @@ def test_tables(file):
                 assert max(tokens if isinstance(tokens, list) else [tokens]) <= LARGEST_TILE, row
         elif row["kernel"] == "linear" and "use" in row["blocks"]:
             assert row["blocks"] == {"use": "library"}, row
-        elif row["kernel"] == "at_once":
-            assert row["blocks"].keys() == {"MB"} and row["blocks"]["MB"] in range(1, 1 << 20), row
         else:
             blocks = dict(row["blocks"])
             if "maxnreg" in blocks:  # an option of NVIDIA's compiler
