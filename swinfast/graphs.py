@@ -20,9 +20,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .errors import in_a_line, is_out_of_memory
+from .memory import LiveBytes
 
 KEPT = 8  # graphs of one module; the one that was not used for the longest is dropped
 REMEMBERED = 64  # signatures seen once
+MUCH_ROOM = 128 << 20
+LIBRARY_ROOM = 64 << 20  # for what cuBLAS works in, which a first capture on a stream gives a place among its tensors
 LIBRARY_SETTINGS = (  # by which cuBLAS chooses how to multiply, besides the one of TF32
     torch._C._get_cublas_allow_fp16_accumulation,
     torch._C._get_cublas_allow_fp16_reduced_precision_reduction,
@@ -153,8 +156,9 @@ class Graphs:
             with torch.inference_mode(False), torch.no_grad(), _capturing:
                 static = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=self._memory_format)
                 static.copy_(x)
-                compute(reads, static)  # compiles and loads what this input needs: neither may happen in a capture
-                replay, output = capture(lambda: compute(reads, static), x.device)
+                with LiveBytes() as live:
+                    compute(reads, static)  # compiles and loads what this input needs: neither may happen in a capture
+                replay, output = capture(lambda: compute(reads, static), x.device, live.peak)
         except Exception as error:
             self.failure = in_a_line(error)
             no_memory = is_out_of_memory(error)
@@ -173,8 +177,12 @@ def _signature(x: Tensor, kind: Hashable) -> tuple[tuple[torch.device, int], Has
     return stream, (x.shape, x.dtype, stream, kind, *(setting() for setting in LIBRARY_SETTINGS))
 
 
-def capture(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+def capture(compute: Callable[[], Tensor], device: torch.device, room: int = 0) -> tuple[Callable[[], None], Tensor]:
     """Record what a function launches.
+
+    Args:
+        room: Bytes that its tensors take at most at a time. If they are many, they are asked for at once: a graph keeps
+            its memory, and when tensors come one by one, larger ones find no place where smaller ones were.
 
     Returns:
         (what launches it all again, the output that this writes).
@@ -193,6 +201,8 @@ def capture(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callab
             _no_garbage_collection(),
             torch.cuda.graph(graph, pool=pool.handle, stream=side, capture_error_mode="thread_local"),
         ):
+            if room >= MUCH_ROOM:
+                torch.empty(room + LIBRARY_ROOM, dtype=torch.uint8, device=device)
             output = compute()
     except BaseException:
         _pools.pop(key, None)

@@ -77,17 +77,18 @@ class Captures:
     """Counts captures and replays; stands in for a GPU where there is none."""
 
     def __init__(self):
-        self.captured = self.replayed = 0
+        self.captured = self.replayed = self.room = 0
         self.error: Exception | None = None
         self.stream = 0
         self.real = graphs.capture
 
-    def capture(self, compute, device):
+    def capture(self, compute, device, room):
         if self.error is not None:
             raise self.error
         self.captured += 1
+        self.room = room
         if device.type == "cuda":
-            launch, output = self.real(compute, device)
+            launch, output = self.real(compute, device, room)
         else:
             with Tape() as tape:
                 output = compute()

@@ -121,3 +121,35 @@ def test_no_garbage_is_collected_in_a_capture(monkeypatch):
             assert not enabled and gc.isenabled() == before
         finally:
             gc.enable()
+
+
+@pytest.mark.parametrize("room", [0, graphs.MUCH_ROOM - 1, graphs.MUCH_ROOM, 1 << 30])
+def test_much_memory_is_asked_for_at_once(monkeypatch, room):
+    """In the capture, before anything else, and given back to its pool."""
+    happened = []
+
+    @contextmanager
+    def graph(*_, **__):
+        happened.append("begins")
+        yield
+        happened.append("ends")
+
+    class Room:
+        def __init__(self, size, dtype, device):
+            assert dtype == torch.uint8 and device == torch.device("cuda:0")
+            happened.append(size)
+
+        def __del__(self):
+            happened.append("given back")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    for name in ("device", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: nullcontext())
+    monkeypatch.setattr(graphs, "_side_stream", lambda device, stream: None)
+    monkeypatch.setattr(graphs, "stream_of", lambda device: 0)
+    monkeypatch.setattr(torch, "empty", Room)
+    graphs.capture(lambda: happened.append("computes"), torch.device("cuda:0"), room)
+    asked = [room + graphs.LIBRARY_ROOM, "given back"] if room >= graphs.MUCH_ROOM else []
+    assert happened == ["begins", *asked, "computes", "ends"]

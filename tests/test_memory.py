@@ -2,47 +2,16 @@
 
 import pytest
 import torch
+from allocator import Reserved
 from helpers import small_model_args
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import swinfast
 from swinfast import graphs
 from swinfast.calls import kind_of
+from swinfast.memory import LiveBytes
 from swinfast.torch_linear import has_native_bfloat16
 
 BATCH = 256
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes of results of operators that are alive at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in storages((args, kwargs))}
-        for storage in storages(out):
-            if storage._cdata not in given:
-                self.alive[storage._cdata] = StorageWeakRef(storage)
-        self.alive = {key: storage for key, storage in self.alive.items() if not storage.expired()}
-        self.peak = max(self.peak, sum(map(size_now, self.alive.values())))
-        return out
-
-
-def storages(tree) -> list[torch.UntypedStorage]:
-    """Of the tensors in it. Packed weights are opaque: they have none."""
-    tensors = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and not x.is_mkldnn]
-    return [x.untyped_storage() for x in tensors]
-
-
-def size_now(reference: StorageWeakRef) -> int:
-    """In bytes; a storage may be resized."""
-    storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
-    return 0 if storage is None else storage.nbytes()
 
 
 def peak(forward, *args) -> int:
@@ -88,6 +57,23 @@ def test_at_most_a_third_of_the_plain_models(timm, name, in_a_graph, monkeypatch
         assert 0 < images.nbytes + peak(fast._compute, plan, tables, images) <= third
 
 
+def test_what_a_graph_keeps(timm):
+    """As PyTorch's allocator has it: all of its memory is asked for at once, so that no tensor is without a place."""
+    with torch.device("meta"):
+        model = timm.create_model("swinv2_cr_tiny_ns_224").eval().half()
+    fast = swinfast.optimize(model, backend="triton")
+    images = torch.empty(BATCH, 3, 224, 224, device="meta", dtype=torch.float16)
+    plan = fast.plan()
+    tables = fast.tables(plan, kind_of(images))
+    kept = []
+    for room in (0, peak(fast._compute, plan, tables, images) + graphs.LIBRARY_ROOM):
+        with torch.no_grad(), Reserved(room) as memory:
+            fast._compute(plan, tables, images)
+        kept.append(memory.reserved)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert weights + images.nbytes + kept[1] <= peak(model, images) / 3 < weights + images.nbytes + kept[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"img_size": 232}, {"window_size": 4}], ids=str)
 def test_at_most_the_plain_models_on_a_cpu(timm, options, dtype):
@@ -110,5 +96,5 @@ def test_backward_passes_in_an_autocast_region_keep_nothing(timm):
     with torch.autocast("cpu", torch.bfloat16), LiveBytes() as counted:
         for _ in range(4):
             fast(images).float().sum().backward()
-            kept.append(sum(map(size_now, counted.alive.values())))
+            kept.append(sum(counted.sizes()))
     assert kept[3] == kept[1] > 0
