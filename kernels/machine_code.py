@@ -20,9 +20,11 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCH = 90  # whose products take addresses from uniform registers, and whose kernels that ptxas compiles
 MARK = "looked_into"  # a file beside the kernels in Triton's cache in which nothing was found
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
-REGISTER = re.compile(r"(g?desc)?\[?UR(\d+)")
-WRITE_NONE = ("UISETP", "UTMA", "UBLK")  # of those whose first operand may be a uniform register
-PARTS = "UPRMT"  # takes bytes of registers, and may be given one of which none is taken
+REGISTER = re.compile(r"(g?desc\[|\[)?\b(U?R)(\d+)\b")
+WRITE_NONE = ("UISETP", "UTMA", "UBLK", "ST", "RED")  # whose first operand, a register, is read
+ADDRESS = ("U", "R2UR", "IADD3", "HGMMA")  # instructions that addresses of products are computed with
+PARTS = ("UPRMT", "UP2UR", "ULOP3")  # take bits of registers, and may be given one of which none is taken
+STACK = ("R", 1)  # the stack's pointer, of 32 bits
 
 
 class Miscompiled(RuntimeError):
@@ -38,40 +40,52 @@ def look_into(cubin: bytes, tool: str, option: str) -> str:
 
 
 def unwritten(sass: str) -> list[str]:
-    """Instructions that read uniform registers before anything has written these, in the order of the code."""
-    written: set[int] = set()
+    """Instructions that compute addresses from registers before anything has written these, in the order of the code.
+
+    For such a register the compiler also takes the stack's pointer, of which nobody needs an upper half.
+    """
+    written: set[tuple[str, int]] = set()
     found = []
     for line in sass.splitlines():
         instruction = INSTRUCTION.search(line)
         if instruction is None:
             continue
         name, operands = instruction[1], [operand.strip() for operand in instruction[2].split(",")]
-        first = re.fullmatch(r"UR(\d+)", operands[0])
+        first = re.match(r"(U?R)(\d+)\b", operands[0])
+        writes = []
         if first and not name.startswith(WRITE_NONE):
-            place, operands = int(first[1]), operands[1:]
-            writes = range(place, place + _width(name))
-        else:
-            writes = range(0)
-        if not name.startswith(PARTS) and any(register not in written for register in _reads(name, operands)):
+            writes = [(first[1], int(first[2]) + k) for k in range(_width(name))]
+            operands = operands[1:]
+        reads = set(_reads(name, operands))
+        wrong = reads - written - {STACK} or (STACK in reads and ".X" in name)
+        if wrong and name.startswith(ADDRESS) and not name.startswith(PARTS):
             found.append(" ".join(instruction.groups()))
         written.update(writes)
     return found
 
 
 def _width(name: str) -> int:
-    return 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
+    """How many registers an instruction writes, at most."""
+    if name.startswith("U") or name.startswith(("R2UR", "S2UR")):
+        return 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
+    product = re.match(r"HGMMA\.64x(\d+)x", name)
+    return int(product[1]) // 2 if product else 4
 
 
-def _reads(name: str, operands: list[str]) -> Iterator[int]:
-    """Uniform registers. A descriptor is two of them; that of a product whose left factor is in registers, the latter
-    two of its four."""
+def _reads(name: str, operands: list[str]) -> Iterator[tuple[str, int]]:
+    """Registers, of a product those of its descriptor alone. A descriptor is two of them; where the left factor of a
+    product is in registers, the latter two of its four."""
     for operand in operands:
-        for kind, number in REGISTER.findall(operand):
+        for kind, register, number in REGISTER.findall(operand):
             place = int(number)
-            if kind == "gdesc":
-                yield from range(place + (2 if re.match(r"R\d", operands[1]) else 0), place + 4)
+            if name.startswith("HGMMA") and register == "R":
+                continue
+            if kind == "gdesc[":
+                places = range(place + (2 if re.match(r"R\d", operands[0]) else 0), place + 4)
             else:
-                yield from range(place, place + (2 if kind == "desc" or name.startswith("UIADD3.64") else 1))
+                places = range(place, place + (2 if kind == "desc[" or name.startswith("UIADD3.64") else 1))
+            for one in places:
+                yield register, one
 
 
 def refuse_miscompiled() -> None:
