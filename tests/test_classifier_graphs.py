@@ -13,7 +13,9 @@ from helpers import make, random_images, randomise, relative_rms
 from torch import nn
 
 import swinfast
+from swinfast.calls import kind_of
 from swinfast.classifier import FusedClassifier
+from swinfast.memory import LiveBytes
 
 pytestmark = [pytest.mark.filterwarnings("error:no CUDA graph"), *([pytest.mark.gpu] if DEVICE.type == "cuda" else [])]
 POOLS = ("avg", "max", "avgmax", "catavgmax", "fast", "fastmax", "fastavgmax", "fastcatavgmax")
@@ -42,6 +44,16 @@ def test_one_graph_spans_all(timm, captures, source):
     for seed in range(4):
         assert_right(fast, model, images(seed=seed))
     assert captures.replayed == replayed + 4
+
+
+def test_a_capture_is_told_how_much_memory_it_takes(model, captures):
+    """What its tensors take at most at a time, counted in the run before it."""
+    fast = warmed(model)
+    plan, x = fast.plan(), images()
+    tables = fast.tables(plan, kind_of(x))
+    with torch.no_grad(), LiveBytes() as live:
+        fast._compute(plan, tables, x)
+    assert captures.room == live.peak > 0
 
 
 @pytest.mark.parametrize("head", [*({"global_pool": pool} for pool in POOLS), {"num_classes": 0}], ids=str)
