@@ -90,13 +90,13 @@ def candidates(
     center = AROUND.get(kernel, present) if few and not sizes.get("in_parts") else present
     if "use" in center.blocks:  # no distance from a library
         center = Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3, "")
-    extra = [one for one in _with_options(kernel, present, arch) if plausible(kernel, sizes, precision, one, arch)]
+    found += [one for one in _with_options(kernel, present, arch) if plausible(kernel, sizes, precision, one, arch)]
 
     def distance(one: Config) -> float:
         holds = kernel == "mlp_block" and "PER_UNIT" in one.blocks and "PER_UNIT" not in center.blocks
-        return _distance(one, HELD if holds else center)
+        return 1 + _distance(one, HELD) if holds else _distance(one, center)
 
-    found = sorted({tile(one): one for one in (*extra, *found)}.values(), key=distance)
+    found = sorted({tile(one): one for one in found}.values(), key=distance)
     library = [LIBRARY] if kernel == "linear" and "use" not in present.blocks else []
     return [present, *library, *found[: most - len(library)]]
 

@@ -181,7 +181,7 @@ def test_modules_on_one_stream_take_turns(captures, monkeypatch):
     """The graphs of a stream share their memory: at worst one module's replay writes where another's output lies."""
     memory = torch.empty(1, 1, 4, 4)
 
-    def capture(compute, device):
+    def capture(compute, device, room):
         def replay():
             memory.copy_(compute())
             time.sleep(1e-4)  # for another thread to come in
