@@ -21,8 +21,9 @@ ARCH = 90  # whose products take addresses from uniform registers, and whose ker
 MARK = "looked_into"  # a file beside the kernels in Triton's cache in which nothing was found
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 REGISTER = re.compile(r"(g?desc\[|\[)?\b(U?R)(\d+)\b")
+PREDICATE = re.compile(r"U?P(\d|T)")
 WRITE_NONE = ("UISETP", "UTMA", "UBLK", "ST", "RED")  # whose first operand, a register, is read
-ADDRESS = ("U", "R2UR", "IADD3", "HGMMA")  # instructions that addresses of products are computed with
+ADDRESS = ("U", "R2UR", "HGMMA")  # instructions that addresses of products are computed with; and IADD3 with a carry
 PARTS = ("UPRMT", "UP2UR", "ULOP3")  # take bits of registers, and may be given one of which none is taken
 STACK = ("R", 1)  # the stack's pointer, of 32 bits
 
@@ -51,6 +52,8 @@ def unwritten(sass: str) -> list[str]:
         if instruction is None:
             continue
         name, operands = instruction[1], [operand.strip() for operand in instruction[2].split(",")]
+        while len(operands) > 1 and PREDICATE.fullmatch(operands[0]):  # which some instructions write, too
+            del operands[0]
         first = re.match(r"(U?R)(\d+)\b", operands[0])
         writes = []
         if first and not name.startswith(WRITE_NONE):
@@ -58,7 +61,8 @@ def unwritten(sass: str) -> list[str]:
             operands = operands[1:]
         reads = set(_reads(name, operands))
         wrong = reads - written - {STACK} or (STACK in reads and ".X" in name)
-        if wrong and name.startswith(ADDRESS) and not name.startswith(PARTS):
+        carries = name.startswith("IADD3") and any(PREDICATE.fullmatch(one) for one in operands)
+        if wrong and (carries or name.startswith(ADDRESS)) and not name.startswith(PARTS):
             found.append(" ".join(instruction.groups()))
         written.update(writes)
     return found

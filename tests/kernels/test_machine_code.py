@@ -16,6 +16,8 @@ WELL = """
         /*0030*/                   IADD3 R4, P0, R1, c[0x0][0x20], RZ ;
         /*0040*/                   IADD3.X R5, RZ, c[0x0][0x24], RZ, P0, !PT ;
         /*0048*/                   PRMT R91, RZ, 0x7610, R91 ;
+        /*0049*/                   SHFL.BFLY PT, R93, R4, 0x1, 0x1f ;
+        /*004a*/                   IADD3 R93, -R93, RZ, RZ ;
         /*004c*/                   LOP3.LUT R92, R92, 0xfffffdff, RZ, 0xc0, !PT ;
         /*0050*/                   ULDC.64 UR26, c[0x0][0x208] ;
         /*0060*/              @!P5 LDG.E R2, desc[UR26][R2.64] ;
