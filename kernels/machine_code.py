@@ -20,7 +20,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCH = 90  # whose products take addresses from uniform registers, and whose kernels that ptxas compiles
 MARK = "looked_into"  # a file beside the kernels in Triton's cache in which nothing was found
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
-REGISTER = re.compile(r"(g?desc\[|\[)?\b(U?R)(\d+)\b")
+REGISTER = re.compile(r"(g?desc\[)?\b(U?R)(\d+)\b")
 PREDICATE = re.compile(r"U?P(\d|T)")
 WRITE_NONE = ("UISETP", "UTMA", "UBLK", "ST", "RED")  # whose first operand, a register, is read
 ADDRESS = ("U", "R2UR", "HGMMA")  # instructions that addresses of products are computed with; and IADD3 with a carry
@@ -70,7 +70,7 @@ def unwritten(sass: str) -> list[str]:
 
 def _width(name: str) -> int:
     """How many registers an instruction writes, at most."""
-    if name.startswith("U") or name.startswith(("R2UR", "S2UR")):
+    if name.startswith(("U", "R2UR", "S2UR")):
         return 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
     product = re.match(r"HGMMA\.64x(\d+)x", name)
     return int(product[1]) // 2 if product else 4

@@ -15,19 +15,26 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_graphs_of_a_stream_share_a_pool_that_dies_with_them(monkeypatch):
+@pytest.fixture
+def nothing_captured(monkeypatch):
+    """Stand-ins for all that a capture calls of PyTorch, none of which does anything."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    for name in ("device", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: nullcontext())
+    monkeypatch.setattr(graphs, "_side_stream", lambda device, stream: None)
+    monkeypatch.setattr(graphs, "stream_of", lambda device: 0)
+
+
+def test_graphs_of_a_stream_share_a_pool_that_dies_with_them(monkeypatch, nothing_captured):
     pools = []
 
     def record(graph, pool, stream, capture_error_mode):
         pools.append(pool)
         return nullcontext()
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    for name in ("device", "stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda device: nullcontext())
-    monkeypatch.setattr(graphs, "_side_stream", lambda device, stream: None)
     stream = 0
     monkeypatch.setattr(graphs, "stream_of", lambda device: stream)
     device = torch.device("cuda:0")
@@ -105,15 +112,8 @@ def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch):
     assert ended[1] != kept.handle and len(made) == 2  # neither pool nor stream is taken again
 
 
-def test_no_garbage_is_collected_in_a_capture(monkeypatch):
+def test_no_garbage_is_collected_in_a_capture(nothing_captured):
     """It may hold a graph, whose end would be the end of the capture."""
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    for name in ("device", "stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda device: nullcontext())
-    monkeypatch.setattr(graphs, "_side_stream", lambda device, stream: None)
-    monkeypatch.setattr(graphs, "stream_of", lambda device: 0)
     for before in (True, False):
         (gc.enable if before else gc.disable)()
         try:
@@ -124,7 +124,7 @@ def test_no_garbage_is_collected_in_a_capture(monkeypatch):
 
 
 @pytest.mark.parametrize("room", [0, graphs.MUCH_ROOM - 1, graphs.MUCH_ROOM, 1 << 30])
-def test_much_memory_is_asked_for_at_once(monkeypatch, room):
+def test_much_memory_is_asked_for_at_once(monkeypatch, nothing_captured, room):
     """In the capture, before anything else, and given back to its pool."""
     happened = []
 
@@ -142,13 +142,7 @@ def test_much_memory_is_asked_for_at_once(monkeypatch, room):
         def __del__(self):
             happened.append("given back")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    for name in ("device", "stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda device: nullcontext())
-    monkeypatch.setattr(graphs, "_side_stream", lambda device, stream: None)
-    monkeypatch.setattr(graphs, "stream_of", lambda device: 0)
     monkeypatch.setattr(torch, "empty", Room)
     graphs.capture(lambda: happened.append("computes"), torch.device("cuda:0"), room)
     asked = [room + graphs.LIBRARY_ROOM, "given back"] if room >= graphs.MUCH_ROOM else []
