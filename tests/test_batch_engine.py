@@ -386,8 +386,10 @@ class TestProcesses:
         assert not (tmp_path / "out.csv").exists()
 
     @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT there")
-    def test_interrupt_of_this_process_alone(self, model, images, tmp_path, monkeypatch):
+    def test_interrupt_of_this_process_alone(self, request, model, images, tmp_path, monkeypatch):
         """The others are all started at once, and all ended."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
         order, start, send = [], processes._start, processes._send
         lines = ["import sys, threading, time", "threading.Thread(target=sys.stdin.buffer.read, daemon=True).start()"]
         lines += ['print(\'{"names": [], "reasons": []}\', flush=True)', "time.sleep(60)"]
