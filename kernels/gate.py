@@ -20,7 +20,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from .configs import Config
 from .launch import Launch
-from .machine_code import look_into
+from .machine_code import Miscompiled, look_into, newer_compiler
 
 PRODUCTS = {  # matrix instructions by what their text in the assembly is
     "wgmma": "wgmma.mma_async",
@@ -171,7 +171,12 @@ def compile_job(job: Job) -> CompiledKernel:
     """What Triton makes of a job, from its cache or into it."""
     kernel = getattr(importlib.import_module(job.module), job.function)
     source = ASTSource(kernel, job.signature, job.constants, job.attrs)
-    return triton.compile(source, target=ARCHS[job.arch].target, options=job.config.options)
+    target, options = ARCHS[job.arch].target, job.config.options
+    try:
+        return triton.compile(source, target=target, options=options)
+    except Miscompiled:
+        with newer_compiler():
+            return triton.compile(source, target=target, options=options)
 
 
 def waits_first(assembly: str) -> bool:

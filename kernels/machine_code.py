@@ -2,15 +2,16 @@
 
 ptxas 12.8, which Triton 3.6 and 3.7 bring along for GPUs up to compute capability 9.0, computes addresses of matrix
 products of some kernels from a register that nothing has written. Such a kernel reads beyond its shared memory, which
-ends the CUDA context, or multiplies other numbers (seen on an H200; 13.0 compiles the same PTX well). So what Triton
-compiles of this package is looked into before it can be launched.
+ends the CUDA context, or multiplies other numbers (seen on an H200). So what Triton compiles of this package is looked
+into before it can be launched, and what is wrong is compiled again by the ptxas that Triton brings along for newer GPUs
+(12.9 or 13.1, which compile the same PTX well).
 """
 
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,16 @@ def _reads(name: str, operands: list[str]) -> Iterator[tuple[str, int]]:
                 yield register, one
 
 
+@contextmanager
+def newer_compiler() -> Iterator[None]:
+    """Have Triton compile anew, by its ptxas for newer GPUs. In its cache that takes the place of what was refused."""
+    nvidia, compilation = triton.knobs.nvidia, triton.knobs.compilation
+    with nvidia.scope(), compilation.scope():
+        nvidia.ptxas = nvidia.ptxas_blackwell.path
+        compilation.always_compile = True
+        yield
+
+
 def refuse_miscompiled() -> None:
     """From now on, have Triton raise Miscompiled where it would return a kernel of this package that is."""
     before = triton.knobs.compilation.listener
@@ -117,8 +128,8 @@ def _check(name: str, files: dict[str, str]) -> None:
         return  # without the tool nobody knows
     if found:
         raise Miscompiled(
-            f"{name} was compiled to machine code that reads what nothing has written ({found[0]}): a bug of ptxas "
-            "12.8, which TRITON_PTXAS_PATH can replace by a newer one"
+            f"{name} was compiled to machine code that reads what nothing has written ({found[0]}): a bug of ptxas, "
+            "which TRITON_PTXAS_PATH can replace by another"
         )
     with suppress(OSError):
         cubin.with_name(MARK).touch()
