@@ -63,14 +63,16 @@ def test_unwritten(name):
 class Compiled:
     """What Triton tells of a kernel that it compiled."""
 
-    def __init__(self, folder, module="swinfast.kernels.linear", backend="cuda", arch=90):
+    def __init__(self, folder, module="swinfast.kernels.linear", backend="cuda", arch=90, ptx="wgmma.mma_async"):
         self.cubin = folder / "_a_kernel.cubin"
         self.cubin.write_bytes(b"machine code")
+        self.ptx = folder / "_a_kernel.ptx"
+        self.ptx.write_text(ptx)
         function = SimpleNamespace(__module__=module, __name__="_a_kernel")
         self.told = {
             "src": SimpleNamespace(fn=SimpleNamespace(fn=function)),
             "metadata": {"target": SimpleNamespace(backend=backend, arch=arch)},
-            "metadata_group": {"_a_kernel.json": str(folder / "_a_kernel.json"), "_a_kernel.cubin": str(self.cubin)},
+            "metadata_group": {file.name: str(file) for file in (folder / "_a_kernel.json", self.ptx, self.cubin)},
             "times": None,
             "cache_hit": False,
         }
@@ -116,6 +118,19 @@ def test_kernels_are_looked_into_once(look, tmp_path):
     look(compiled, WELL)
     assert compiled.mark.exists()
     look(compiled, AssertionError("a second time"))
+
+
+def test_kernels_without_such_products_are_not_looked_into(look, tmp_path):
+    compiled = Compiled(tmp_path, ptx="mma.sync")
+    look(compiled, AssertionError("looked into"))
+    assert compiled.mark.exists()
+
+
+def test_kernels_without_their_assembly_are_looked_into(look, tmp_path):
+    compiled = Compiled(tmp_path)
+    del compiled.told["metadata_group"][compiled.ptx.name]
+    with pytest.raises(Miscompiled):
+        look(compiled, f"/*0110*/ {BAD['an address in itself']} ;")
 
 
 @pytest.mark.parametrize(
