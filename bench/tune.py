@@ -116,12 +116,13 @@ def tune_target(
     fresh = []
     for config, problem in zip(tried, refused, strict=True):
         entry = known.get(tile(config))
+        if problem and not (target.in_use and config is tried[0]):  # what is in use is measured, whatever is said of it
+            if entry is None or entry["outcome"] == "timed":  # by an earlier run, which did not know of the problem
+                log.write(target, tile(config), f"refused: {problem}")
+            continue
         if entry is not None and (config is not tried[0] or entry["outcome"].startswith("crashed")):
             if entry["outcome"] == "timed":
                 times[tile(config)] = entry["us"]
-            continue
-        if problem and not (target.in_use and config is tried[0]):  # what is in use is measured, whatever is said of it
-            log.write(target, tile(config), f"refused: {problem}")
             continue
         fresh.append(config)
 

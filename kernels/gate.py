@@ -20,7 +20,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from .configs import Config
 from .launch import Launch
-from .machine_code import Miscompiled, look_into, newer_compiler
+from .machine_code import RULES, Miscompiled, look_into, newer_compiler, refuse_miscompiled
 
 PRODUCTS = {  # matrix instructions by what their text in the assembly is
     "wgmma": "wgmma.mma_async",
@@ -121,7 +121,8 @@ def job_of(launched: Launch, arch: str, precision: str) -> Job:
         named=named,
         key="",
     )
-    what = (triton.__version__, kernel.cache_key, signature, named, attrs, *config.options.values(), arch)
+    compilers = triton.__version__, backend.hash(), RULES
+    what = (compilers, kernel.cache_key, signature, named, attrs, *config.options.values(), arch)
     return job._replace(key=hashlib.sha256(repr(what).encode()).hexdigest())
 
 
@@ -172,6 +173,7 @@ def compile_job(job: Job) -> CompiledKernel:
     kernel = getattr(importlib.import_module(job.module), job.function)
     source = ASTSource(kernel, job.signature, job.constants, job.attrs)
     target, options = ARCHS[job.arch].target, job.config.options
+    refuse_miscompiled()
     try:
         return triton.compile(source, target=target, options=options)
     except Miscompiled:

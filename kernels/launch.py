@@ -27,8 +27,6 @@ OWN_DTYPE = ("table", "scale", "shift")  # parameters whose dtype is not that of
 AUTOCAST_DEVICES = ("cpu", "cuda")
 HERE = nullcontext()
 _LIBRARY = torch.library.Library("swinfast", "FRAGMENT")
-if not INTERPRETED:
-    refuse_miscompiled()
 
 
 class Launch(NamedTuple):
@@ -87,6 +85,7 @@ def launch(kernel: Any, programs: int, *args: Any, config: Config, **constants: 
             "on a CPU they run only in Triton's interpreter, with TRITON_INTERPRET=1 set before triton is imported"
         )
     elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    refuse_miscompiled()
     with torch.cuda.device(tensor.device) if elsewhere else HERE:
         try:
             kernel[(programs,)](*args, **constants | config.options)

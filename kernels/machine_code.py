@@ -7,6 +7,7 @@ into before it can be launched, and what is wrong is compiled again by the ptxas
 (12.9 or 13.1, which compile the same PTX well).
 """
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -19,13 +20,17 @@ import triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCH = 90  # whose products take addresses from uniform registers, and whose kernels that ptxas compiles
-MARK = "looked_into"  # a file beside the kernels in Triton's cache in which nothing was found
+RULES = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+MARK = f"looked_into_{RULES}"  # a file beside the kernels in Triton's cache in which nothing was found by these rules
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 REGISTER = re.compile(r"(g?desc\[)?\b(U?R)(\d+)\b")
 PREDICATE = re.compile(r"U?P(\d|T)")
 WRITE_NONE = ("UISETP", "UTMA", "UBLK", "ST", "RED")  # whose first operand, a register, is read
 ADDRESS = ("U", "R2UR", "HGMMA")  # instructions that addresses of products are computed with; and IADD3 with a carry
-PARTS = ("UPRMT", "UP2UR", "ULOP3")  # take bits of registers, and may be given one of which none is taken
+PARTS = (  # take bits or halves of registers, or one of two, and may be given a register of which nothing is taken
+    "UPRMT", "UP2UR", "ULOP3", "PRMT", "LOP3", "SHFL", "SEL", "FSEL", "HFMA2", "F2FP",
+)  # fmt: skip
+FOUR, TWO = ("HMMA", "IMMA", "LDSM", "MOVM"), ("CS2R", "D")  # write more than one register, as .128 and .64 say
 STACK = ("R", 1)  # the stack's pointer, of 32 bits
 
 
@@ -44,7 +49,8 @@ def look_into(cubin: bytes, tool: str, option: str) -> str:
 def unwritten(sass: str) -> list[str]:
     """Instructions that compute addresses from registers before anything has written these, in the order of the code.
 
-    For such a register the compiler also takes the stack's pointer, of which nobody needs an upper half.
+    What is computed from such a register is written no more than that is: a copy of nothing is nothing. For one the
+    compiler also takes the stack's pointer, of which nobody needs an upper half.
     """
     written: set[tuple[str, int]] = set()
     found = []
@@ -61,20 +67,24 @@ def unwritten(sass: str) -> list[str]:
             writes = [(first[1], int(first[2]) + k) for k in range(_width(name))]
             operands = operands[1:]
         reads = set(_reads(name, operands))
-        wrong = reads - written - {STACK} or (STACK in reads and ".X" in name)
+        wrong = not name.startswith(PARTS) and (reads - written - {STACK} or (STACK in reads and ".X" in name))
         carries = name.startswith("IADD3") and any(PREDICATE.fullmatch(one) for one in operands)
-        if wrong and (carries or name.startswith(ADDRESS)) and not name.startswith(PARTS):
+        if wrong and (carries or name.startswith(ADDRESS)):
             found.append(" ".join(instruction.groups()))
-        written.update(writes)
+        if wrong:
+            written.difference_update(writes)
+        else:
+            written.update(writes)
     return found
 
 
 def _width(name: str) -> int:
     """How many registers an instruction writes, at most."""
-    if name.startswith(("U", "R2UR", "S2UR")):
-        return 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
-    product = re.match(r"HGMMA\.64x(\d+)x", name)
-    return int(product[1]) // 2 if product else 4
+    if product := re.match(r"HGMMA\.64x(\d+)x", name):
+        return int(product[1]) // 2
+    if ".128" in name or name.startswith(FOUR):
+        return 4
+    return 2 if ".64" in name or ".WIDE" in name or name.startswith(TWO) else 1
 
 
 def _reads(name: str, operands: list[str]) -> Iterator[tuple[str, int]]:
@@ -103,19 +113,28 @@ def newer_compiler() -> Iterator[None]:
         yield
 
 
+_listener: Any = ...  # what refuse_miscompiled has set
+
+
 def refuse_miscompiled() -> None:
-    """From now on, have Triton raise Miscompiled where it would return a kernel of this package that is."""
+    """From now on, have Triton raise Miscompiled where it would return a kernel of this package that is.
+
+    Triton has a place for one listener, whose last owner may be somebody else by the next launch.
+    """
+    global _listener
     before = triton.knobs.compilation.listener
+    if before is _listener:
+        return
 
     def listener(*, src: Any, metadata: dict[str, Any], metadata_group: dict[str, str], **rest: Any) -> None:
         if before is not None:
             before(src=src, metadata=metadata, metadata_group=metadata_group, **rest)
         function, target = getattr(getattr(src, "fn", None), "fn", None), metadata["target"]
-        ours = getattr(function, "__module__", "").startswith(__package__)
+        ours = str(getattr(function, "__module__", None)).startswith(f"{__package__}.")
         if ours and (target.backend, target.arch) == ("cuda", ARCH):
             _check(function.__name__, metadata_group)
 
-    triton.knobs.compilation.listener = listener
+    triton.knobs.compilation.listener = _listener = listener
 
 
 def _check(name: str, files: dict[str, str]) -> None:

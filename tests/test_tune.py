@@ -224,6 +224,12 @@ def test_refused_candidates_are_not_run(tmp_path):
     tune.tune_target(target, tried, ["spills", "spills", ""], Bench(target, CPU, timer), log)
     assert ran == [tried[0], tried[2]]  # the present choice is in use, whatever the compiler says
     assert log.of(target)[tile(tried[1])]["outcome"] == "refused: spills"
+    ran.clear()
+    log.write(target, tile(tried[1]), "timed", us=1.0)
+    for _ in range(2):  # an earlier run took it for well
+        final = tune.tune_target(target, tried, ["", "miscompiled", ""], Bench(target, CPU, timer), log)
+        assert final.best != tried[1]
+    assert log.of(target)[tile(tried[1])]["outcome"] == "refused: miscompiled"
     unused = target._replace(in_use=False)
     ran.clear()
     log = Log(tmp_path / "log2", ABOUT, resume=False)

@@ -1,8 +1,10 @@
 """What the compiler of machine code got wrong is refused before it can be launched."""
 
+import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,12 +20,12 @@ WELL = """
         /*0020*/                   IADD3 R1, R1, -0x20, RZ ;
         /*0030*/                   IADD3 R4, P0, R1, c[0x0][0x20], RZ ;
         /*0040*/                   IADD3.X R5, RZ, c[0x0][0x24], RZ, P0, !PT ;
-        /*0048*/                   PRMT R91, RZ, 0x7610, R91 ;
+        /*0048*/                   PRMT R92, RZ, 0x7610, R92 ;
         /*0049*/                   SHFL.BFLY PT, R93, R4, 0x1, 0x1f ;
         /*004a*/                   IADD3 R93, -R93, RZ, RZ ;
-        /*004c*/                   LOP3.LUT R92, R92, 0xfffffdff, RZ, 0xc0, !PT ;
+        /*004c*/                   LOP3.LUT R94, R94, 0xfffffdff, RZ, 0xc0, !PT ;
         /*0050*/                   ULDC.64 UR26, c[0x0][0x208] ;
-        /*0060*/              @!P5 LDG.E R2, desc[UR26][R2.64] ;
+        /*0060*/              @!P5 LDG.E R2, desc[UR26][R4.64] ;
         /*00d0*/                   UMOV UR7, 0x400 ;
         /*00e0*/                   UPRMT UR11, UR11, 0x3340, UR11 ;
         /*00f0*/                   S2UR UR9, SR_CTAID.X ;
@@ -58,6 +60,28 @@ def test_unwritten(name):
     if "R1," not in BAD[name]:
         places = (f"/*0000*/ UMOV UR{place}, URZ ;\n/*0000*/ MOV R{place + 51}, RZ ;\n" for place in range(12, 40))
         assert unwritten(f"{WELL}{''.join(places)}        /*0180*/                   {BAD[name]} ;\n") == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "lines"),
+    [
+        (True, ["MOV R90, UR24", "R2UR UR5, R90"]),
+        (True, ["IMAD.X R4, RZ, RZ, R90, P2", "R2UR UR38, R4"]),
+        (True, ["LDC.64 R88, c[0x0][0x28]", "IADD3.X R90, R90, -0x7fffffe0, RZ, P4, !PT"]),
+        (True, ["LDG.E R88, desc[UR26][R4.64]", "R2UR UR5, R89"]),
+        (False, ["LDC.64 R89, c[0x0][0x28]", "IADD3.X R90, R90, -0x7fffffe0, RZ, P4, !PT"]),
+        (False, ["LDG.E.128 R88, desc[UR26][R4.64]", "R2UR UR5, R91"]),
+        (False, ["IMAD.WIDE R88, R4, 0x2, R4", "R2UR UR5, R89"]),
+        (False, ["CS2R R88, SRZ", "R2UR UR5, R89"]),
+        (False, ["HMMA.16816.F32 R88, R4, R4, R4", "R2UR UR5, R91"]),
+        (False, ["PRMT R90, R90, 0x5410, R4", "R2UR UR5, R90"]),
+        (False, ["MOV R90, UR24", "MOV R90, R4", "R2UR UR5, R90"]),
+    ],
+)
+def test_what_is_computed_from_nothing_is_nothing(wrong, lines):
+    """Nothing has written UR24 or R88 to R90 before."""
+    found = unwritten(WELL + "".join(f"/*0180*/ {line} ;\n" for line in lines))
+    assert found == ([lines[-1]] if wrong else [])
 
 
 class Compiled:
@@ -113,6 +137,16 @@ def test_miscompiled_kernels_are_refused(look, tmp_path):
     assert not compiled.mark.exists()
 
 
+def test_a_mark_is_of_the_rules_that_it_was_made_by(look, tmp_path):
+    compiled = Compiled(tmp_path)
+    look(compiled, WELL)
+    source = Path(machine_code.__file__).read_bytes()
+    assert compiled.mark.name == f"looked_into_{hashlib.sha256(source).hexdigest()[:12]}"
+    compiled.mark.rename(tmp_path / "looked_into")
+    with pytest.raises(Miscompiled):
+        look(compiled, f"/*0110*/ {BAD['an address in itself']} ;")
+
+
 def test_kernels_are_looked_into_once(look, tmp_path):
     compiled = Compiled(tmp_path)
     look(compiled, WELL)
@@ -133,8 +167,38 @@ def test_kernels_without_their_assembly_are_looked_into(look, tmp_path):
         look(compiled, f"/*0110*/ {BAD['an address in itself']} ;")
 
 
+def test_a_kernel_without_a_module_is_left_alone(look, tmp_path):
+    compiled = Compiled(tmp_path, module=None)
+    look(compiled, AssertionError("looked into"))
+
+
+def test_somebody_elses_listener(monkeypatch, tmp_path):
+    """Whoever sets one later is told of kernels as well, and none goes by unseen."""
+    compilation, told = triton.knobs.compilation, []
+    monkeypatch.setattr(compilation, "listener", None)
+    monkeypatch.setattr(machine_code, "look_into", lambda *_: f"/*0110*/ {BAD['an address in itself']} ;")
+    kernel, config = Kernel(None, None, None), Config({}, 4, 1, "a test")
+    launch(kernel, 1, torch.zeros(1), config=config)
+    ours = compilation.listener
+    launch(kernel, 1, torch.zeros(1), config=config)
+    assert compilation.listener is ours is not None
+    compilation.listener = lambda **what: told.append(what)
+    launch(kernel, 1, torch.zeros(1), config=config)
+    with pytest.raises(Miscompiled):
+        compilation.listener(**Compiled(tmp_path).told)
+    assert len(told) == 1
+
+
 @pytest.mark.parametrize(
-    "what", [{"module": "somebody.elses"}, {"backend": "hip", "arch": "gfx942"}, {"arch": 80}, {"arch": 100}], ids=str
+    "what",
+    [
+        {"module": "somebody.elses"},
+        {"module": "swinfast.kernels_of_others"},
+        {"backend": "hip", "arch": "gfx942"},
+        {"arch": 80},
+        {"arch": 100},
+    ],
+    ids=str,
 )
 def test_others_are_left_alone(look, tmp_path, what):
     compiled = Compiled(tmp_path, **what)
