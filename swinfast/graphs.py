@@ -6,6 +6,7 @@ gets. A graph reads weights and tables where they lie: in-place edits are seen b
 """
 
 import gc
+import os
 import threading
 import warnings
 from collections import OrderedDict
@@ -25,12 +26,14 @@ from .memory import LiveBytes
 KEPT = 8  # graphs of one module; the one that was not used for the longest is dropped
 REMEMBERED = 64  # signatures seen once
 MUCH_ROOM = 128 << 20
+MORE_ROOM = 1.5  # times what a pool was asked for: for less, a larger graph takes what it has and some tensors more
 LIBRARY_ROOM = 64 << 20  # for what cuBLAS works in, which a first capture on a stream gives a place among its tensors
 LIBRARY_SETTINGS = (  # by which cuBLAS chooses how to multiply, besides the one of TF32
     torch._C._get_cublas_allow_fp16_accumulation,
     torch._C._get_cublas_allow_fp16_reduced_precision_reduction,
     torch._C._get_cublas_allow_bf16_reduced_precision_reduction,
 )
+ALLOCATOR_SETTINGS = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # environment variables
 _capturing = threading.Lock()  # one capture at a time
 # One replay at a time on a stream, since all its graphs share their memory: by device and stream.
 _turns: dict[tuple[torch.device, int], threading.Lock] = {}
@@ -201,7 +204,8 @@ def capture(compute: Callable[[], Tensor], device: torch.device, room: int = 0) 
             _no_garbage_collection(),
             torch.cuda.graph(graph, pool=pool.handle, stream=side, capture_error_mode="thread_local"),
         ):
-            if room >= MUCH_ROOM:
+            if room >= max(MUCH_ROOM, MORE_ROOM * pool.room) and _are_places_divided():
+                pool.room = room
                 torch.empty(room + LIBRARY_ROOM, dtype=torch.uint8, device=device)
             output = compute()
     except BaseException:
@@ -213,6 +217,11 @@ def capture(compute: Callable[[], Tensor], device: torch.device, room: int = 0) 
             _end_of_randomness(device)
         raise
     return partial(_replay, graph, pool), output
+
+
+def _are_places_divided() -> bool:
+    """Whether the allocator gives any tensor a part of what is much larger, as it does unless it was told not to."""
+    return not any("max_split_size" in os.environ.get(name, "") for name in ALLOCATOR_SETTINGS)
 
 
 def end_allocations(device: torch.device, pool: tuple[int, int]) -> None:
@@ -250,9 +259,13 @@ class Pool:
     """The memory that all graphs of a stream share, since they run one after the other.
 
     It lives as long as one of them: PyTorch takes no pool again that the last graph has left.
+
+    Attributes:
+        room: The most bytes that were asked for at once, for all of a graph's tensors.
     """
 
     def __init__(self, device: torch.device):
+        self.room = 0
         with torch.cuda.device(device):
             self.handle = torch.cuda.graph_pool_handle()
 

@@ -147,3 +147,29 @@ def test_much_memory_is_asked_for_at_once(monkeypatch, nothing_captured, room):
     graphs.capture(lambda: happened.append("computes"), torch.device("cuda:0"), room)
     asked = [room + graphs.LIBRARY_ROOM, "given back"] if room >= graphs.MUCH_ROOM else []
     assert happened == ["begins", *asked, "computes", "ends"]
+
+
+@pytest.fixture
+def asked(monkeypatch, nothing_captured):
+    """What captures ask for at once."""
+    sizes = []
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: sizes.append(size - graphs.LIBRARY_ROOM))
+    return sizes
+
+
+def test_a_pool_is_asked_for_more_where_that_is_much_more(asked):
+    """What was asked for is there for all graphs of a stream, one after the other."""
+    device, much = torch.device("cuda:0"), graphs.MUCH_ROOM
+    kept = [graphs.capture(lambda: None, device, int(much * times)) for times in (1, 1.4, 1, 1.6, 2.3, 2.4, 0.5)]
+    assert asked == [int(much * times) for times in (1, 1.6, 2.4)]
+    del kept
+    graphs.capture(lambda: None, device, much)  # in another pool
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize("name", graphs.ALLOCATOR_SETTINGS)
+def test_nothing_is_asked_for_that_could_not_be_divided(monkeypatch, asked, name):
+    for settings in ("expandable_segments:True", "backend:native,max_split_size_mb:256"):
+        monkeypatch.setenv(name, settings)
+        graphs.capture(lambda: None, torch.device("cuda:0"), graphs.MUCH_ROOM)
+    assert len(asked) == 1
