@@ -105,6 +105,15 @@ def images(tmp_path) -> list[str]:
 
 
 @pytest.fixture
+def talking(tmp_path, monkeypatch) -> None:
+    """Each Python that this one starts writes on its standard output before anything else."""
+    (tmp_path / "talking").mkdir()
+    (tmp_path / "talking" / "sitecustomize.py").write_text("print('one line\\n{} another', end='')")
+    monkeypatch.syspath_prepend(tmp_path / "talking")
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+
+
+@pytest.fixture
 def bad_images(tmp_path) -> dict[str, Path]:
     """Files that are no images, by what is wrong with them."""
     files = {name: tmp_path / f"{name}.{end}" for name, end in (("text", "png"), ("empty", "jpg"), ("cut", "jpg"))}

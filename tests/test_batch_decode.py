@@ -13,6 +13,7 @@ from PIL import Image, ImageFile
 
 from swinfast.batch import decode
 from swinfast.batch.decode import Decoder
+from swinfast.batch.worker import ANSWERS_FOLLOW
 from swinfast.pixels import Crop
 
 CROP = Crop((24, 20))
@@ -120,6 +121,33 @@ def test_processes_that_do_not_start(files, tmp_path, monkeypatch):
     (tmp_path / "worker.py").write_text("import nothing_of_this_name")
     monkeypatch.setattr(decode, "WORKER", tmp_path / "worker.py")
     with Decoder(CROP, 1) as decoder, pytest.raises(RuntimeError, match=r"ended \(exit code 1\) as it started: "):
+        decoded(decoder, files)
+
+
+def test_processes_import_what_the_program_would(files, tmp_path, monkeypatch):
+    """Where it has put together sys.path by itself, too; Python passes over what is no string there."""
+    (tmp_path / "added").mkdir()
+    (tmp_path / "added" / "sitecustomize.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()")
+    monkeypatch.setattr(sys, "path", [tmp_path, str(tmp_path / "added"), *sys.path])
+    with Decoder(CROP, 1) as decoder:
+        assert decoded(decoder, files)[0] == [None] * 6
+    assert (tmp_path / "imported").exists()
+
+
+def test_what_is_written_before_the_answers(files, talking):
+    with Decoder(CROP, 1) as decoder:
+        reasons, out = decoded(decoder, files)
+    assert reasons == [None] * 6
+    assert np.array_equal(out, [np.asarray(CROP.load(file)) for file in files])
+
+
+def test_process_that_answers_nonsense(files, tmp_path, monkeypatch):
+    """It is not waited for."""
+    said = ANSWERS_FOLLOW + b"nonsense"
+    lines = ["import sys, time", f"sys.stdout.buffer.write({said!r})", "sys.stdout.flush()", "time.sleep(60)"]
+    (tmp_path / "worker.py").write_text("\n".join(lines))
+    monkeypatch.setattr(decode, "WORKER", tmp_path / "worker.py")
+    with Decoder(CROP, 1) as decoder, pytest.raises(RuntimeError, match=r"ended \(signal 9\) as it started: "):
         decoded(decoder, files)
 
 

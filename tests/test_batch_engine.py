@@ -25,6 +25,7 @@ from swinfast.batch.parts import ResumeError
 from swinfast.batch.run import Summary
 from swinfast.batch.share import Job, StrictError, work
 from swinfast.batch.sources import Item
+from swinfast.batch.worker import ANSWERS_FOLLOW
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "examples/digits"
@@ -357,6 +358,10 @@ class TestProcesses:
         assert here == there and not here.startswith(plain)
         assert not (tmp_path / "there.csv.errors.csv").exists()
 
+    def test_what_is_written_before_the_answers(self, model, images, talking, tmp_path):
+        predictor = swinfast.Predictor(model, device="cpu", workers=0)
+        assert predictor.write(images, tmp_path / "out.csv", devices=("cpu",)).images == 11
+
     def test_share(self, model, images, bad_images, tmp_path):
         """A process does every world-th part, leaves what is finished, and tells of the inputs as a whole."""
         images[2] = str(bad_images["cut"])
@@ -390,11 +395,12 @@ class TestProcesses:
         """The others are all started at once, and all ended."""
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
         request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-        order, start, send = [], processes._start, processes._send
+        order, start, send = [], processes.start, processes._send
         lines = ["import sys, threading, time", "threading.Thread(target=sys.stdin.buffer.read, daemon=True).start()"]
+        lines += [f"sys.stdout.buffer.write({ANSWERS_FOLLOW!r})"]
         lines += ['print(\'{"names": [], "reasons": []}\', flush=True)', "time.sleep(60)"]
         monkeypatch.setattr(processes, "CHILD", [sys.executable, "-c", "\n".join(lines)])
-        monkeypatch.setattr(processes, "_start", lambda: order.append(start()) or order[-1])
+        monkeypatch.setattr(processes, "start", lambda command: order.append(start(command)) or order[-1])
         monkeypatch.setattr(processes, "_send", lambda *args: order.append("sent") or send(*args))
         signals = iter([signal.SIGINT])
         predictor = swinfast.Predictor(model, batch_size=2, device="cpu")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..pixels import Crop, Source, pillow_settings
+from .children import skip_to_answers, start
 from .worker import load
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -109,14 +110,15 @@ class _ProcessDied(Exception):
 
 
 class _Process:
-    """One decoding process. Its environment is this one's, its interpreter too."""
+    """One decoding process. Its environment, its interpreter and where it imports from are this one's."""
 
     def __init__(self):
-        self.popen = subprocess.Popen([sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.popen = start([sys.executable, str(WORKER)])
 
     def prepare(self, crop: Crop) -> None:
         try:
             self._send((dataclasses.astuple(crop), pillow_settings()))
+            skip_to_answers(self.popen.stdout)
             self._receive()
         except _ProcessDied as died:
             raise RuntimeError(f"{died} as it started: {sys.executable} {WORKER}") from died
@@ -150,7 +152,11 @@ class _Process:
             raise self._died() from error
 
     def _died(self) -> _ProcessDied:
-        code = self.popen.wait()
+        try:
+            code = self.popen.wait(timeout=1)
+        except subprocess.TimeoutExpired:  # it lives, but does not answer as it should
+            self.popen.kill()
+            code = self.popen.wait()
         return _ProcessDied(f"a decoding process ended ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
 
 

@@ -11,16 +11,17 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 
 from ..autocast import autocast_dtype, within_autocast
 from ..pixels import pillow_settings, set_pillow
+from .children import skip_to_answers, start
 from .compute import Waits
 from .decode import usable_cores
 from .parts import ResumeError
 from .share import Job, Listener, Share, StrictError, check_same_inputs, work
+from .worker import take_stdout
 
 ERRORS = {error.__name__: error for error in (ResumeError, StrictError, OSError, ValueError)}
 CHILD = [sys.executable, "-c", "from swinfast.batch.processes import main; main()"]
@@ -42,7 +43,7 @@ def work_on(devices: Sequence[str], job: Job, watch: Listener) -> Share:
     try:
         with ThreadPoolExecutor(len(devices)) as pool:
             try:
-                children.extend(_start() for _ in devices)  # each imports PyTorch before it reads its job
+                children.extend(start(CHILD) for _ in devices)  # each imports PyTorch before it reads its job
                 for rank, (child, device) in enumerate(zip(children, devices, strict=True)):
                     _send(child, device, job, rank, len(devices))
                 following = [pool.submit(_follow, *pair, told) for pair in zip(children, devices, strict=True)]
@@ -72,11 +73,6 @@ class _Ended(RuntimeError):
     """A process ended without a word."""
 
 
-def _start() -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)}
-    return subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-
-
 def _send(child: subprocess.Popen, device: str, job: Job, rank: int, world: int) -> None:
     pipeline = copy.copy(job.pipeline)
     pipeline.say = None  # each process has its own
@@ -94,6 +90,7 @@ def _send(child: subprocess.Popen, device: str, job: Job, rank: int, world: int)
 
 def _follow(child: subprocess.Popen, device: str, watch: Listener) -> Share:
     """Read what a process tells: lines of JSON."""
+    skip_to_answers(child.stdout)
     for line in child.stdout:
         told = json.loads(line)
         if "names" in told:
@@ -109,7 +106,12 @@ def _follow(child: subprocess.Popen, device: str, watch: Listener) -> Share:
 
 def main() -> None:
     """A process for one device: a pickled job on the standard input, lines of JSON on the standard output."""
-    tell = _teller()
+    answers = take_stdout()
+
+    def tell(**message: object) -> None:
+        answers.write(json.dumps(message).encode() + b"\n")
+        answers.flush()
+
     try:
         message, job = pickle.load(sys.stdin.buffer)
         threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -127,17 +129,6 @@ def main() -> None:
         known = [cls.__name__ for cls in type(error).__mro__ if cls.__name__ in ERRORS]
         tell(error=str(error), type=known[0] if known else type(error).__name__)
         sys.exit(2)
-
-
-def _teller():
-    stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else may write between the lines
-
-    def tell(**message: object) -> None:
-        stream.write(json.dumps(message) + "\n")
-        stream.flush()
-
-    return tell
 
 
 def _end_with_parent() -> None:

@@ -14,6 +14,8 @@ import sys
 import warnings
 from pathlib import Path
 
+ANSWERS_FOLLOW = b"swinfast: answers follow\n"
+
 
 def reason_of(error: Exception) -> str:
     """How the failure of an image is told: the error's type and words, the same in every run."""
@@ -28,12 +30,20 @@ def load(crop, source):
         return None, reason_of(error)
 
 
+def take_stdout():
+    """The standard output as a stream of answers alone; what else is written there goes to the standard error."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    answers.write(b"\n" + ANSWERS_FOLLOW)  # on a line of its own, whatever was written before
+    answers.flush()
+    return answers
+
+
 def main() -> None:
     """Serve until the standard input ends, as it does when the other process does, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
     warnings.simplefilter("ignore")
-    tasks, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else may write between the answers
+    tasks, answers = sys.stdin.buffer, take_stdout()
     pixels, (fields, settings) = _pixels(), pickle.load(tasks)
     pixels.set_pillow(settings)
     crop = pixels.Crop(*fields)
