@@ -15,6 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code, one of exit_codes."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack what is in names and tables
         sys.stdout.reconfigure(errors=ESCAPE)
+    if sys.stderr is None:  # closed, as by 2>&-
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", errors=ESCAPE)
     options = _parser().parse_args(arguments)
     try:
         code = options.run(options)

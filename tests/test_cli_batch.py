@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import shlex
+import subprocess
 import sys
 import tempfile
 import threading
@@ -121,6 +123,17 @@ def test_list_by_a_name_that_only_this_process_knows(predict, photos, tmp_path):
     with (tmp_path / "list.txt").open() as stream:
         options = ["--output", tmp_path / "out.csv", "--devices", "cpu,cpu"]
         assert predict("--files-from", f"/dev/fd/{stream.fileno()}", *options) == 0
+    assert [row[0] for row in read_csv(tmp_path / "out.csv")[1:]] == names_in(photos)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+@pytest.mark.parametrize("devices, closed", [("cpu", "2>&-"), ("cpu,cpu", "<&- >&- 2>&-")])
+def test_closed_streams(model_folder, photos, tmp_path, devices, closed):
+    """Nothing is told then, nothing else is amiss."""
+    (photos / "gone.png").symlink_to(photos / "nothing.png")
+    options = ["--model", model_folder, "--output", tmp_path / "out.csv", "--devices", devices]
+    command = shlex.join(map(str, [sys.executable, "-m", "swinfast", "predict", photos, *options]))
+    assert subprocess.run(["sh", "-c", f"{command} {closed}"], check=False).returncode == 1
     assert [row[0] for row in read_csv(tmp_path / "out.csv")[1:]] == names_in(photos)
 
 

@@ -32,6 +32,8 @@ def load(crop, source):
 
 def take_stdout():
     """The standard output as a stream of answers alone; what else is written there goes to the standard error."""
+    if sys.stderr is None:  # closed; opened first, so that no other file becomes descriptor 2, where libraries write
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     answers.write(b"\n" + ANSWERS_FOLLOW)  # on a line of its own, whatever was written before
