@@ -1,6 +1,7 @@
 """Decoding processes: the same pixels as without, and no image is lost to a process that dies."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -149,6 +150,13 @@ def test_process_that_answers_nonsense(files, tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "WORKER", tmp_path / "worker.py")
     with Decoder(CROP, 1) as decoder, pytest.raises(RuntimeError, match=r"ended \(signal 9\) as it started: "):
         decoded(decoder, files)
+
+
+@pytest.mark.parametrize("sent", [b"", pickle.dumps(b"half of it")[:9]], ids=["nothing", "half"])
+def test_process_whose_parent_is_gone(sent):
+    """It ends without a word."""
+    done = subprocess.run([sys.executable, decode.WORKER], input=sent, capture_output=True, check=True)
+    assert not done.stderr
 
 
 def test_leaving_ends_the_processes(files):

@@ -422,6 +422,15 @@ class TestProcesses:
         with pytest.raises(RuntimeError, match="device 'cuda:77' is not available here"):
             predictor.write(files, tmp_path / "out.csv", devices=("cpu", "cuda:77"))
 
+    def test_process_whose_parent_is_gone(self):
+        """It ends without a word."""
+        readable, writable = os.pipe()
+        os.close(readable)
+        streams = {"stdin": subprocess.DEVNULL, "stdout": writable, "stderr": subprocess.PIPE}
+        done = subprocess.run(processes.CHILD, **streams, check=False)
+        os.close(writable)
+        assert (done.returncode, done.stderr) == (1, b"")
+
     @pytest.mark.slow
     def test_torchrun(self, model_folder, images, tmp_path):
         """Two ranks write one file, the same as one process."""

@@ -106,6 +106,13 @@ def _follow(child: subprocess.Popen, device: str, watch: Listener) -> Share:
 
 def main() -> None:
     """A process for one device: a pickled job on the standard input, lines of JSON on the standard output."""
+    try:
+        _serve()
+    except BrokenPipeError:  # the process that started this one is gone
+        os._exit(1)
+
+
+def _serve() -> None:
     answers = take_stdout()
 
     def tell(**message: object) -> None:

@@ -45,26 +45,25 @@ def main() -> None:
     """Serve until the standard input ends, as it does when the other process does, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
     warnings.simplefilter("ignore")
-    tasks, answers = sys.stdin.buffer, take_stdout()
+    try:
+        _serve(sys.stdin.buffer, take_stdout())
+    except (EOFError, pickle.UnpicklingError, BrokenPipeError):  # it may end in the middle of a list
+        os._exit(0)
+
+
+def _serve(tasks, answers) -> None:
     pixels, (fields, settings) = _pixels(), pickle.load(tasks)
     pixels.set_pillow(settings)
     crop = pixels.Crop(*fields)
     pickle.dump("ready", answers)
     answers.flush()
     while True:
-        try:
-            sources = pickle.load(tasks)
-        except EOFError:
-            return
-        images, reasons = zip(*(load(crop, source) for source in sources), strict=True)
-        try:
-            pickle.dump(list(reasons), answers)
-            for image in images:
-                if image is not None:
-                    answers.write(image.tobytes())
-            answers.flush()
-        except BrokenPipeError:  # nobody wants the answer any more
-            os._exit(0)
+        images, reasons = zip(*(load(crop, source) for source in pickle.load(tasks)), strict=True)
+        pickle.dump(list(reasons), answers)
+        for image in images:
+            if image is not None:
+                answers.write(image.tobytes())
+        answers.flush()
 
 
 def _pixels():
