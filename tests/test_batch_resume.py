@@ -434,6 +434,35 @@ def test_two_runs_at_once(make, images, tmp_path, resume):
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 13
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_process_forked_during_a_run(make, images, tmp_path):
+    """It does not keep the output from the next run, however long it lives."""
+    children = []
+
+    def fork_and_stop(names, reasons):
+        children.append(os.fork())
+        if children[0] == 0:
+            signal.pause()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make().write(images, tmp_path / "out.csv", watch=fork_and_stop, **SMALL_PARTS)
+    try:
+        assert make().write(images, tmp_path / "out.csv", **SMALL_PARTS).images == 16
+    finally:
+        os.kill(children[0], signal.SIGKILL)
+        os.waitpid(children[0], 0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_file_system_without_locks(make, images, tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert make().write(images, tmp_path / "out.csv").images == 16
+
+
 def test_full_disk(make, images, tmp_path, monkeypatch):
     """It says how much is safe, and what is safe is used."""
     synced = os.fsync

@@ -4,6 +4,7 @@ While a run goes on there is a folder OUTPUT.parts with a manifest of the settin
 files and a record that is written last. In the end the parts become OUTPUT, the manifest OUTPUT.manifest.json.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -117,6 +118,8 @@ class Parts:
     def release(self) -> None:
         """Let others write there. Ends by itself when the process does."""
         if self._lock is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # to close it is not enough where a forked process has it, too
             os.close(self._lock)
             self._lock = None
 
