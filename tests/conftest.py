@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,16 @@ def talking(tmp_path, monkeypatch) -> None:
     (tmp_path / "talking" / "sitecustomize.py").write_text("print('one line\\n{} another', end='')")
     monkeypatch.syspath_prepend(tmp_path / "talking")
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+
+
+@pytest.fixture
+def matmuls() -> Iterator[dict[str, Any]]:
+    """What has PyTorch's precision of float32 products, by kinds of devices; a test may set it."""
+    both = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}
+    before = [matmul.fp32_precision for matmul in both.values()]
+    yield both
+    for matmul, precision in zip(both.values(), before, strict=True):
+        matmul.fp32_precision = precision
 
 
 @pytest.fixture

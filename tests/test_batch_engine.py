@@ -358,6 +358,24 @@ class TestProcesses:
         assert here == there and not here.startswith(plain)
         assert not (tmp_path / "there.csv.errors.csv").exists()
 
+    def test_float32_precision_of_the_program(self, model, images, matmuls, tmp_path, monkeypatch):
+        """It holds in the processes; what was not chosen is left alone there."""
+        code = (
+            "import sys, torch, swinfast.batch.processes as processes\n"
+            "def told(*args):\n"
+            "    matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul\n"
+            "    print(*[matmul.fp32_precision for matmul in matmuls], file=open(sys.argv[1], 'a'))\n"
+            "    return work(*args)\n"
+            "processes.work, work = told, processes.work\n"
+            "processes.main()"
+        )
+        monkeypatch.setattr(processes, "CHILD", [sys.executable, "-c", code, str(tmp_path / "told.txt")])
+        predictor = swinfast.Predictor(model, device="cpu", workers=0)
+        predictor.write(images, tmp_path / "out.csv", devices=("cpu",))
+        matmuls["cuda"].fp32_precision, matmuls["cpu"].fp32_precision = "tf32", "bf16"
+        predictor.write(images, tmp_path / "out.csv", devices=("cpu",))
+        assert (tmp_path / "told.txt").read_text() == "none none\ntf32 bf16\n"
+
     def test_what_is_written_before_the_answers(self, model, images, talking, tmp_path):
         predictor = swinfast.Predictor(model, device="cpu", workers=0)
         assert predictor.write(images, tmp_path / "out.csv", devices=("cpu",)).images == 11

@@ -21,7 +21,7 @@ from helpers import randomise, write_image
 from PIL import Image, ImageFile
 
 import swinfast
-from swinfast.batch.parts import ResumeError
+from swinfast.batch.parts import OLDER, ResumeError
 from swinfast.batch.share import StrictError
 
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -205,7 +205,7 @@ def test_a_run_of_before_there_were_more_settings(make, images, tmp_path):
     make().write(images, tmp_path / "out.csv", part_size=4)
     manifest = tmp_path / "out.csv.manifest.json"
     content = json.loads(manifest.read_text(encoding="utf-8"))
-    for name in ("members", "image_column", "autocast", "max_image_pixels", "load_truncated_images"):
+    for name in OLDER:
         del content["settings"][name]
     manifest.write_text(json.dumps(content), encoding="utf-8")
     assert make().write(images, tmp_path / "out.csv", **SMALL_PARTS).done_now == 0
@@ -381,6 +381,16 @@ class TestRefusals:
         said = "max_image_pixels was 89478485, is null, load_truncated_images was false, is true"
         with pytest.raises(ResumeError, match=said):
             make().write(images, unfinished, **SMALL_PARTS)
+
+    @pytest.mark.parametrize("name", ["cuda", "cpu"])
+    def test_another_float32_precision(self, make, images, unfinished, matmuls, name):
+        """PyTorch's default is that of ieee, under another name."""
+        matmuls[name].fp32_precision = "tf32"
+        with pytest.raises(ResumeError, match=f'resumed: {name}_float32_precision was "ieee", is "tf32"'):
+            make().write(images, unfinished, **SMALL_PARTS)
+        matmuls[name].fp32_precision = "ieee"
+        paths = [*images[:3], *images[4:8], *images[9:]]
+        assert make().write(paths, unfinished, **SMALL_PARTS).images == 14
 
     @pytest.mark.parametrize("other", OTHERS)
     def test_another_model(self, images, unfinished, model_folder, other):

@@ -29,6 +29,8 @@ MANIFEST = "manifest.json"
 OLDER = {  # settings that manifests did not always name, as they were unless somebody had chosen others
     "members": "*",
     "autocast": "None",
+    "cuda_float32_precision": "ieee",
+    "cpu_float32_precision": "ieee",
     "max_image_pixels": 2**30 // 12,
     "load_truncated_images": False,
 }

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 import torch
 
 from ..autocast import autocast_dtype, within_autocast
+from ..float32_precision import float32_precision, set_float32_precision
 from ..pixels import pillow_settings, set_pillow
 from .children import skip_to_answers, start
 from .compute import Waits
@@ -82,7 +83,8 @@ def _send(child: subprocess.Popen, device: str, job: Job, rank: int, world: int)
     pipeline.model = pipeline.model if pipeline.device.type == "cpu" else copy.deepcopy(pipeline.model).cpu()
     threads = max(1, usable_cores() // world) if on_cpu and pipeline.threads == 0 else 1  # of each call of PyTorch
     message = {"device": device, "rank": rank, "world": world, "threads": threads}
-    message |= {"pillow": pillow_settings(), "autocast": autocast_dtype(torch.device(device))}  # as they are here
+    message |= {"pillow": pillow_settings(), "float32_precision": float32_precision()}  # as they are here
+    message["autocast"] = autocast_dtype(torch.device(device))
     with contextlib.suppress(BrokenPipeError):  # it will be seen when it is followed
         pickle.dump((message, replace(job, pipeline=pipeline)), child.stdin)
         child.stdin.flush()
@@ -124,6 +126,7 @@ def _serve() -> None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
         torch.set_num_threads(message["threads"])
         set_pillow(message["pillow"])
+        set_float32_precision(message["float32_precision"])
         job.pipeline.say = lambda text: tell(say=text)
         job.pipeline.move(message["device"])
         rank, world = message["rank"], message["world"]

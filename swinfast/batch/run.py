@@ -12,6 +12,7 @@ import torch
 from ..arguments import whole_number
 from ..autocast import autocast_dtype
 from ..files import check_writable
+from ..float32_precision import float32_precision
 from ..pixels import pillow_settings
 from .compute import Waits
 from .engine import Division
@@ -152,5 +153,5 @@ def _settings(pipeline: "Pipeline", images: Images, part_size: int, devices: Seq
     """All that results depend on."""
     chosen = {"members": images.members, "image_column": images.image_column}
     regions = {str(autocast_dtype(torch.device(device))) for device in devices or [pipeline.device]}
-    around = {"autocast": ", ".join(sorted(regions))} | pillow_settings()
+    around = {"autocast": ", ".join(sorted(regions))} | float32_precision() | pillow_settings()
     return pipeline.settings() | {"part_size": part_size} | chosen | around
