@@ -7,6 +7,7 @@ import io
 import math
 import os
 import stat
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,13 +97,26 @@ class Crop:
 
 def pillow_settings() -> dict[str, int | bool | None]:
     """What a program may have changed of how Pillow reads files."""
-    return {"max_image_pixels": Image.MAX_IMAGE_PIXELS, "load_truncated_images": ImageFile.LOAD_TRUNCATED_IMAGES}
+    return {
+        "max_image_pixels": Image.MAX_IMAGE_PIXELS,
+        "load_truncated_images": ImageFile.LOAD_TRUNCATED_IMAGES,
+        "bomb_warning_is_error": _bomb_warning_is_error(),
+    }
 
 
 def set_pillow(settings: dict[str, int | bool | None]) -> None:
-    """As pillow_settings said in another process."""
+    """As pillow_settings said in another process. Pillow's warning of large images is an error there, or unheard."""
     Image.MAX_IMAGE_PIXELS = settings["max_image_pixels"]
     ImageFile.LOAD_TRUNCATED_IMAGES = settings["load_truncated_images"]
+    warnings.simplefilter("error" if settings["bomb_warning_is_error"] else "ignore", Image.DecompressionBombWarning)
+
+
+def _bomb_warning_is_error() -> bool:
+    """By the first filter that is for all warnings of that category."""
+    for action, message, category, module, line in warnings.filters:
+        if issubclass(Image.DecompressionBombWarning, category) and not (message or module or line):
+            return action == "error"
+    return False
 
 
 def _read_span(archive: str, offset: int, size: int) -> bytes:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import randomise
-from PIL import ImageFile
+from PIL import Image, ImageFile
 from torch import nn
 
 import swinfast
@@ -357,6 +358,21 @@ class TestProcesses:
         here, there, plain = (output.read_bytes() for output in outputs)
         assert here == there and not here.startswith(plain)
         assert not (tmp_path / "there.csv.errors.csv").exists()
+
+    @pytest.mark.parametrize("is_error", [True, False])
+    def test_warning_of_large_images(self, model, images, tmp_path, monkeypatch, is_error):
+        """Where the program makes an error of it, and there alone, the images fail, whoever decodes them."""
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # the images have 1440
+        monkeypatch.setenv("PYTHONWARNINGS", "default" if is_error else "error::RuntimeWarning")
+        outputs = [tmp_path / str(number) / "out.csv" for number in range(4)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if is_error else "ignore", Image.DecompressionBombWarning)
+            for output, workers, devices in zip(outputs, (0, 1, 0, 1), ((), (), ("cpu",), ("cpu",)), strict=True):
+                output.parent.mkdir()
+                predictor = swinfast.Predictor(model, device="cpu", workers=workers)
+                assert predictor.write(images[:3], output, devices=devices).failures == (3 if is_error else 0)
+        for name in ("out.csv", "out.csv.manifest.json", *(["out.csv.errors.csv"] if is_error else [])):
+            assert len({output.with_name(name).read_bytes() for output in outputs}) == 1
 
     def test_float32_precision_of_the_program(self, model, images, matmuls, tmp_path, monkeypatch):
         """It holds in the processes; what was not chosen is left alone there."""

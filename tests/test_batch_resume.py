@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -378,7 +379,9 @@ class TestRefusals:
             make().write(images, unfinished, devices=("cpu",), **SMALL_PARTS)
         monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-        said = "max_image_pixels was 89478485, is null, load_truncated_images was false, is true"
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # pytest takes it back
+        said = "max_image_pixels was 89478485, is null, load_truncated_images was false, is true, "
+        said += "bomb_warning_is_error was false, is true"
         with pytest.raises(ResumeError, match=said):
             make().write(images, unfinished, **SMALL_PARTS)
 

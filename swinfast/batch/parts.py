@@ -33,6 +33,7 @@ OLDER = {  # settings that manifests did not always name, as they were unless so
     "cpu_float32_precision": "ieee",
     "max_image_pixels": 2**30 // 12,
     "load_truncated_images": False,
+    "bomb_warning_is_error": False,
 }
 # Names in a folder of parts.
 OWN = re.compile(r"(\d{8}|whole|(.+\.)?manifest)(\.\w+)?\.(json|jsonl|csv|npy|parquet)(\.\d+)?")
