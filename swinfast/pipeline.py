@@ -141,7 +141,7 @@ class Pipeline:
 
     @staticmethod
     def check_device(device: str) -> None:
-        """RuntimeError for a device that is not there."""
+        """ValueError for what is no device, RuntimeError for one that is not there."""
         resolve_device(device)
 
     def move(self, device: str) -> None:
@@ -252,12 +252,20 @@ def as_images(images: Images | str | Path | Iterable[str | Path]) -> Images:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """A torch device for "auto" or a device's name; RuntimeError where this machine does not have it."""
+    """A torch device for "auto" or a device's name.
+
+    Raises:
+        ValueError: It is no device's name.
+        RuntimeError: This machine does not have it.
+    """
     if device == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
         return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'device must be "auto" or a device such as "cpu" or "cuda:1", got {device!r}') from error
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -206,6 +206,10 @@ def test_older_output_survives_a_model_that_does_not_load(predict, photos, tmp_p
         (["--resume"], "--resume and --devices need an --output"),
         (["--files-from", "none.txt"], "No such file or directory: 'none.txt'"),
         (["--devices", "cpu,cuda:77", "--output", "out.csv"], "device 'cuda:77' is not available here"),
+        (
+            ["--devices", "cpu,", "--output", "out.csv"],
+            'device must be "auto" or a device such as "cpu" or "cuda:1", got',
+        ),
         (["--num-classes", "0"], "model must be a classifier"),
         (["--checkpoint", "none.pth"], "no checkpoint file at none.pth"),
     ],
