@@ -1,6 +1,7 @@
 """Checks of arguments, of functions and on the command line."""
 
 import argparse
+import math
 import operator
 from typing import Any
 
@@ -32,3 +33,12 @@ def whole_number(name: str, value: Any, least: int, expected: str = "a whole num
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     return number
+
+
+def finite_numbers(values: Any) -> tuple[float, ...] | None:
+    """What a mean or std is in finite numbers, None for anything else."""
+    try:
+        numbers = tuple(map(float, values))
+    except (TypeError, ValueError):
+        return None
+    return numbers if numbers and all(map(math.isfinite, numbers)) else None

@@ -1,16 +1,15 @@
 """The pass: find what can be replaced in a model, and replace it."""
 
 import copy
-import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from . import graphs
 from .adapters import DTYPES, SUPPORTED, adapter_for, class_of, is_classifier
+from .arguments import finite_numbers
 from .backends import check_choice
 from .classifier import FusedClassifier
 from .fused import FUSED, Fused, FusedStage, ImageScale, Settings, fuse
@@ -64,7 +63,7 @@ def optimize(
         model = copy.deepcopy(model)
     if dtype is not None:
         model.to(dtype)
-    given = None if mean is None else (_numbers(mean), _numbers(std))
+    given = None if mean is None else (finite_numbers(mean), finite_numbers(std))
     scales = _image_scales(model)
     for module in list(model.modules()):
         adapter = adapter_for(module)
@@ -102,7 +101,7 @@ def _image_scales(model: nn.Module) -> dict[nn.Module, ImageScale]:
     scales = {}
     for owner in model.modules():
         config = getattr(owner, "pretrained_cfg", None)
-        scale = [_numbers(config.get(name)) for name in ("mean", "std")] if isinstance(config, dict) else [None]
+        scale = [finite_numbers(config.get(name)) for name in ("mean", "std")] if isinstance(config, dict) else [None]
         if None not in scale:
             scales |= dict.fromkeys(owner.modules(), tuple(scale))
     return scales
@@ -118,21 +117,12 @@ def _check_arguments(model, dtype, cuda_graphs, mean, std) -> None:
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std must be given together, got mean={mean!r} and std={std!r}")
     for name, values in (("mean", mean), ("std", std)):
-        if values is not None and _numbers(values) is None:
+        if values is not None and finite_numbers(values) is None:
             raise ValueError(f"{name} must be a sequence of numbers, one for each channel, got {values!r}")
     if mean is not None and len(mean) != len(std):
         raise ValueError(f"mean and std must be of one length, got {len(mean)} and {len(std)} values")
     if std is not None and min(std) <= 0:
         raise ValueError(f"std must be above 0, got {std!r}")
-
-
-def _numbers(values: Any) -> tuple[float, ...] | None:
-    """What a mean or std is in finite numbers, None for anything else."""
-    try:
-        numbers = tuple(map(float, values))
-    except (TypeError, ValueError):
-        return None
-    return numbers if numbers and all(map(math.isfinite, numbers)) else None
 
 
 def _warn_of_float16(model: nn.Module) -> None:

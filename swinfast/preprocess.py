@@ -4,9 +4,13 @@ Resize so that the image covers size / crop_pct, cut out the centre, scale to 0.
 any mode becomes RGB by Pillow's conversion, and EXIF rotation is not applied.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .adapters import is_patch_embed
+from .arguments import finite_numbers
 from .pixels import Crop, Size
 from .variants import IMAGENET_MEAN, IMAGENET_STD
 
@@ -59,7 +64,7 @@ class Transform:
 
 def transform_of(model: nn.Module) -> Transform:
     """The evaluation transform for a model, by its ``pretrained_cfg`` and, where it or its patch embedding has one, its
-    image size.
+    image size. What the config leaves out, or names None, is timm's default.
 
     Raises:
         ValueError: The model has no ``pretrained_cfg``, or one that asks for what is not supported.
@@ -67,24 +72,44 @@ def transform_of(model: nn.Module) -> Transform:
     config = getattr(model, "pretrained_cfg", None)
     if not isinstance(config, Mapping):
         raise ValueError(f"{type(model).__name__} has no pretrained_cfg to prepare images by")
-    if config.get("crop_mode", "center") != "center":
-        raise ValueError(f"crop_mode must be 'center', got {config['crop_mode']!r}")
-    input_size = config.get("input_size", (3, 224, 224))
+    crop_mode = config.get("crop_mode") or "center"
+    if crop_mode != "center":
+        raise ValueError(f"crop_mode must be 'center', got {crop_mode!r}")
+    input_size = _input_size(config.get("input_size"))
     channels = getattr(model, "in_chans", input_size[0])
-    mean = _per_channel("mean", config.get("mean", IMAGENET_MEAN), channels)
-    std = _per_channel("std", config.get("std", IMAGENET_STD), channels)
-    interpolation = config.get("interpolation", "bicubic")
-    if interpolation.upper() not in Image.Resampling.__members__:
+    mean = _per_channel("mean", config.get("mean"), IMAGENET_MEAN, channels)
+    std = _per_channel("std", config.get("std"), IMAGENET_STD, channels)
+    if min(std) <= 0:
+        raise ValueError(f"std must be above 0, got {std}")
+    interpolation = config.get("interpolation") or "bicubic"
+    if not isinstance(interpolation, str) or interpolation.upper() not in Image.Resampling.__members__:
         raise ValueError(f"interpolation must be one of Pillow's filters, got {interpolation!r}")
+    crop_pct = config.get("crop_pct") or 0.875
+    if not isinstance(crop_pct, Real) or not 0 < crop_pct < math.inf:
+        raise ValueError(f"crop_pct must be a number above 0, got {crop_pct!r}")
     sized = [model, *filter(is_patch_embed, model.modules())]  # wrappers and models for features have none of their own
     size = tuple(next((one.img_size for one in sized if getattr(one, "img_size", None)), input_size[1:]))
-    return Transform(size, config.get("crop_pct", 0.875), interpolation, mean, std)  # without one: timm's default
+    return Transform(size, crop_pct, interpolation, mean, std)
 
 
-def _per_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
-    values = tuple(values)
+def _input_size(given: Any) -> tuple[int, int, int]:
+    if given is None:
+        return 3, 224, 224
+    try:
+        channels, height, width = map(operator.index, given)
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) < 1:
+        raise ValueError(f"input_size must be three whole numbers, of channels, rows and columns, got {given!r}")
+    return channels, height, width
+
+
+def _per_channel(name: str, given: Any, default: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    values = default if given is None else finite_numbers(given)
     if channels not in (1, 3):
         raise ValueError(f"image files have 1 or 3 channels, the model takes {channels}")
+    if values is None:
+        raise ValueError(f"{name} must be a sequence of numbers, one for each channel, got {given!r}")
     if len(values) == channels:
         return values
     if channels == 1:  # an RGB model made for one channel

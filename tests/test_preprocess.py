@@ -1,6 +1,7 @@
 """Prepared images are timm's, bit for bit."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -220,6 +221,16 @@ def test_transform_of_without_details_is_timms(timm):
     assert swinfast.transform_of(configured(mean=(0.5,), std=[0.25])).mean == (0.5, 0.5, 0.5)
 
 
+def test_transform_of_nothing_chosen_is_timms(timm):
+    """None stands for timm's defaults, and so does a crop_pct of 0."""
+    names = ("input_size", "crop_pct", "interpolation", "mean", "std", "crop_mode")
+    for config in (dict.fromkeys(names), {"crop_pct": 0, "interpolation": "", "crop_mode": ""}):
+        expected = timm.data.resolve_data_config({}, pretrained_cfg=config)
+        transform = swinfast.transform_of(configured(**config))
+        assert [getattr(transform, name) for name in names[1:5]] == [expected[name] for name in names[1:5]]
+        assert (3, *transform.size) == expected["input_size"]
+
+
 @pytest.mark.parametrize(
     "model, message",
     [
@@ -229,8 +240,20 @@ def test_transform_of_without_details_is_timms(timm):
         (configured(input_size=(4, 32, 32)), "image files have 1 or 3 channels, the model takes 4"),
         (configured(mean=(0.5, 0.5)), r"mean must have 3 values, got \(0\.5, 0\.5\)"),
         (configured(std=(0.5, 0.5)), r"std must have 3 values, got \(0\.5, 0\.5\)"),
+        (configured(std=(0.5, 0.5, 0)), r"std must be above 0, got \(0\.5, 0\.5, 0\.0\)"),
+        (configured(mean=0.5), "mean must be a sequence of numbers, one for each channel, got 0.5"),
+        (configured(std="none"), "std must be a sequence of numbers, one for each channel, got 'none'"),
+        (configured(interpolation=3), "interpolation must be one of Pillow's filters, got 3"),
+        *[
+            (configured(crop_pct=value), f"crop_pct must be a number above 0, got {value!r}")
+            for value in (-0.9, "0.9", math.nan, math.inf)
+        ],
+        *[
+            (configured(input_size=value), f"input_size must be three whole numbers, .*, got {re.escape(repr(value))}")
+            for value in (224, "224", (224, 224), (3, 0, 224), (3, 22.4, 224))
+        ],
     ],
-    ids=["no config", "crop_mode", "interpolation", "channels", "mean", "std"],
+    ids=lambda value: str(getattr(value, "pretrained_cfg", "")),
 )
 def test_errors_of_transform_of(model, message):
     with pytest.raises(ValueError, match=message):
