@@ -3,6 +3,7 @@
 import torch
 
 BACKENDS = {"cuda_float32_precision": torch.backends.cuda.matmul, "cpu_float32_precision": torch.backends.mkldnn.matmul}
+OLDER_NAMES = {("tf32", "tf32"): "high", ("tf32", "bf16"): "medium"}
 
 
 def float32_precision() -> dict[str, str]:
@@ -15,7 +16,11 @@ def float32_precision() -> dict[str, str]:
 
 
 def set_float32_precision(chosen: dict[str, str]) -> None:
-    """As float32_precision said in another process."""
+    """As float32_precision said in another process; by the older way where that can say it, since who asks by that,
+    such as a compiler, gets an error after the newer one was used."""
+    if name := OLDER_NAMES.get(tuple(chosen[name] for name in BACKENDS)):
+        torch.set_float32_matmul_precision(name)
+        return
     here = float32_precision()
     for name, backend in BACKENDS.items():
         if chosen[name] != here[name]:

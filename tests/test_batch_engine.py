@@ -380,7 +380,8 @@ class TestProcesses:
             "import sys, torch, swinfast.batch.processes as processes\n"
             "def told(*args):\n"
             "    matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul\n"
-            "    print(*[matmul.fp32_precision for matmul in matmuls], file=open(sys.argv[1], 'a'))\n"
+            "    older = torch.get_float32_matmul_precision()\n"
+            "    print(*[matmul.fp32_precision for matmul in matmuls], older, file=open(sys.argv[1], 'a'))\n"
             "    return work(*args)\n"
             "processes.work, work = told, processes.work\n"
             "processes.main()"
@@ -390,7 +391,7 @@ class TestProcesses:
         predictor.write(images, tmp_path / "out.csv", devices=("cpu",))
         matmuls["cuda"].fp32_precision, matmuls["cpu"].fp32_precision = "tf32", "bf16"
         predictor.write(images, tmp_path / "out.csv", devices=("cpu",))
-        assert (tmp_path / "told.txt").read_text() == "none none\ntf32 bf16\n"
+        assert (tmp_path / "told.txt").read_text() == "none none highest\ntf32 bf16 medium\n"
 
     def test_what_is_written_before_the_answers(self, model, images, talking, tmp_path):
         predictor = swinfast.Predictor(model, device="cpu", workers=0)
