@@ -2,6 +2,7 @@
 
 import copy
 import re
+import threading
 import warnings
 
 import pytest
@@ -207,6 +208,19 @@ def test_a_self_check_waits_for_something_finite(model, auto, monkeypatch, self_
     half[0] = torch.nan
     assert relative_rms(fast(half)[1], model(half)[1]) <= 1e-5
     assert all("self-check: relative RMS error" in detail for detail in details(fast))
+
+
+def test_no_self_check_of_what_can_not_be_copied(model, auto, self_check):
+    """That is no fault of Triton's."""
+    fast, images = swinfast.optimize(model), IMAGES.to(DEVICE)
+    for stage in fast.stages:
+        stage.lock = threading.Lock()
+    with pytest.warns(UserWarning, match="no self-check of a module that can't be copied: TypeError: .*lock"):
+        assert relative_rms(fast(images), model(images)) <= 1e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast(images)
+    assert all(detail.startswith("Triton, ") for detail in details(fast))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
