@@ -13,7 +13,8 @@ T = TypeVar("T")
 
 
 def constant(function: Callable[..., T]) -> Callable[..., T]:
-    """Keep what a function of hashable arguments makes, but make it anew inside a graph, and where tensors are fake."""
+    """Keep what a function of hashable arguments makes, but make it anew inside a graph or a torch.func transform,
+    and where tensors are fake."""
 
     @lru_cache(maxsize=256)
     def cached(*args):
@@ -25,6 +26,8 @@ def constant(function: Callable[..., T]) -> Callable[..., T]:
 
     def call(*args):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return function(*args)
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # tensors that end with a torch.func transform
             return function(*args)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return function(*args)

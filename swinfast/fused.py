@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import graphs, torch_backend
-from .adapters import Adapter, adapter_of, dropouts, why_not
+from .adapters import DTYPES, Adapter, adapter_of, dropouts, why_not
 from .autocast import autocast_dtype
 from .backends import choose
 from .calls import is_traced, is_transformed, kind_of, needs_grad
@@ -102,18 +102,18 @@ class FusedComputation(Fused):
         return plan
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or isinstance(x, torch.fx.Proxy):
+        if isinstance(x, torch.fx.Proxy):
             return super().forward(x)
-        if is_transformed():
-            return super().forward(x)
+        if self.training or is_transformed():
+            return self._original_forward(x)
         if is_traced(x):
             return self._traced_forward(x)
         plan = self.plan()
         if plan.reason is not None or plan.is_random():
-            return super().forward(x)
+            return self._original_forward(x)
         self._check(plan.spec, x)
         if needs_grad(x, plan.parameters):
-            return FusedForward.apply(self, plan, self._kept(self._prepare(plan.spec, x)), *plan.parameters)
+            return FusedForward.apply(self, plan, self._kept(self._prepare(x)), *plan.parameters)
         return self.fused_forward(plan, x)
 
     def fused_forward(self, plan: Plan, x: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class FusedComputation(Fused):
         try:
             out = self.compute(plan, x)
             due = self._swinfast.unchecked and not graphs.is_capturing(x.device)  # where nothing is computed now
-            problem = self_check(self, self._prepare(plan.spec, x)) if due else None
+            problem = self_check(self, self._prepare(x)) if due else None
         except Exception as error:
             raise_out_of_memory(error)
             problem = in_a_line(error)
@@ -132,7 +132,7 @@ class FusedComputation(Fused):
     def _fall_back(self, problem: str, x: Tensor) -> Tensor:
         """Compute without Triton, now and from now on; where PyTorch fails too, the input is at fault."""
         plan = Plan(self.adapter, self, self._swinfast.backend, problem)
-        out = self.original.forward(self, x) if plan.backend is None else self.compute(plan, x)
+        out = self._original_forward(x) if plan.backend is None else self.compute(plan, x)
         self._swinfast.plan, self._swinfast.failure, self._swinfast.unchecked = plan, problem, False
         kind = self.adapter.kind
         warnings.warn(f"Triton failed, so a {kind} is computed without it from now on: {problem}", stacklevel=2)
@@ -147,15 +147,19 @@ class FusedComputation(Fused):
         derive = partial(self._derive, plan.backend, traced=False, autocast=kind[0])
         return plan.derived(kind, derive)
 
+    def _original_forward(self, x: Tensor) -> Tensor:
+        """The original computation, of an input that the fused one takes."""
+        return super().forward(self._prepare(x))
+
     def _traced_forward(self, x: Tensor) -> Tensor:
         """In a graph everything is derived on the spot, so that the graph sees edited weights."""
         if why_not(self.adapter, self) is not None or any(dropout.training for dropout in dropouts(self)):
-            return super().forward(x)
+            return self._original_forward(x)
         spec, parameters = self.adapter.read(self), tuple(self.parameters())
         settings = self._swinfast
         choice = choose(settings.backend, spec, parameters[0].device, parameters[0].dtype, settings.failure)
         if choice.backend is None:
-            return super().forward(x)
+            return self._original_forward(x)
         # the graph must be differentiable where gradients are wanted, and only PyTorch's operations are
         backend = torch_backend if needs_grad(x, parameters) else choice.backend
         self._check(spec, x)
@@ -164,7 +168,7 @@ class FusedComputation(Fused):
     def _check(self, spec: Any, x: Tensor) -> None:
         """Refuse what the original refuses, with errors of its types."""
 
-    def _prepare(self, spec: Any, x: Tensor) -> Tensor:
+    def _prepare(self, x: Tensor) -> Tensor:
         """The input as the original takes it, where the fused module takes more."""
         return x
 
@@ -184,8 +188,15 @@ class FusedComputation(Fused):
 class FusedPatchEmbed(FusedComputation):
     """Patch embedding that casts floating-point images to the model's dtype and normalises uint8 ones."""
 
-    def _prepare(self, spec, x):
-        return torch_backend.normalise(x, self._swinfast.image_scale, spec.proj.weight.dtype)
+    def _prepare(self, images):
+        dtype = getattr(getattr(self.proj, "weight", None), "dtype", None)  # what wraps a layer may have no weight
+        if dtype not in DTYPES or images.dtype == dtype or images.dim() != 4:
+            return images
+        if images.dtype == torch.uint8:
+            self._check_image_scale(images.shape[1])
+        elif torch.float64 not in (images.dtype, dtype) and autocast_dtype(images.device) is not None:
+            return images  # autocast casts what is not float64, as the weights are
+        return torch_backend.normalise(images, self._swinfast.image_scale, dtype)
 
     def _derive(self, backend, spec, traced, autocast):
         return backend.derive_patch_embed(spec, traced, autocast)

@@ -78,6 +78,18 @@ def test_a_forced_backend_falls_back_to_the_original(model, monkeypatch):
     assert all(not row.replaced and row.detail == "RuntimeError: ptxas" for row in rows)
 
 
+def test_the_original_takes_images_of_another_dtype(model, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("ptxas")
+
+    monkeypatch.setattr(triton_backend, "patch_embed", fail)
+    fast, half = swinfast.optimize(model, backend="triton"), IMAGES.to(DEVICE, torch.float16)
+    with pytest.warns(UserWarning, match="Triton failed"):
+        expected = model.patch_embed(half.float())
+        assert torch.equal(fast.patch_embed(half), expected)
+    assert torch.equal(fast.patch_embed(half), expected)
+
+
 def test_one_stage_alone(model, auto, monkeypatch):
     failing(monkeypatch, RuntimeError("shared memory"), only=lambda spec: spec.merge is None)
     fast = swinfast.optimize(model)
