@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from . import graphs
-from .adapters import DTYPES, SUPPORTED, adapter_for, class_of, is_classifier
+from .adapters import DTYPES, SUPPORTED, adapter_for, class_of, is_classifier, is_patch_embed
 from .arguments import finite_numbers
 from .backends import check_choice
 from .classifier import FusedClassifier
 from .fused import FUSED, Fused, FusedStage, ImageScale, Settings, fuse
 from .sequence import FusedStages
+from .variants import per_channel
 
 
 def optimize(
@@ -97,13 +98,14 @@ def refresh(model: nn.Module) -> None:
 
 
 def _image_scales(model: nn.Module) -> dict[nn.Module, ImageScale]:
-    """For each module the mean and std of the innermost model around it that has a config with them."""
+    """For each patch embedding the mean and std of the innermost model around it that has a config with them."""
     scales = {}
     for owner in model.modules():
         config = getattr(owner, "pretrained_cfg", None)
         scale = [finite_numbers(config.get(name)) for name in ("mean", "std")] if isinstance(config, dict) else [None]
-        if None not in scale:
-            scales |= dict.fromkeys(owner.modules(), tuple(scale))
+        for module in filter(is_patch_embed, owner.modules() if None not in scale else ()):
+            channels = getattr(module._modules.get("proj"), "in_channels", None)  # what wraps a layer may not tell
+            scales[module] = tuple(per_channel(values, channels) for values in scale)
     return scales
 
 

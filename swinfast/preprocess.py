@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .adapters import is_patch_embed
 from .arguments import finite_numbers
 from .pixels import Crop, Size
-from .variants import IMAGENET_MEAN, IMAGENET_STD
+from .variants import IMAGENET_MEAN, IMAGENET_STD, per_channel
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def _per_channel(name: str, given: Any, default: tuple[float, ...], channels: in
         raise ValueError(f"{name} must be a sequence of numbers, one for each channel, got {given!r}")
     if len(values) == channels:
         return values
-    if channels == 1:  # an RGB model made for one channel
-        return (sum(values) / len(values),)
+    if channels == 1:
+        return per_channel(values, channels)
     if len(values) == 1:
         return values * channels
     raise ValueError(f"{name} must have {channels} values, got {values}")

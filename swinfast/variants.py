@@ -1,5 +1,6 @@
 """The 16 models of timm's swinv2_cr family: architecture, weights tag, and how images are prepared for them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -55,3 +56,8 @@ def data_config(name: str) -> dict[str, Any]:
         "classifier": "head.fc",
         "license": "apache-2.0",
     }
+
+
+def per_channel(values: Sequence[float], channels: int | None) -> tuple[float, ...]:
+    """A configuration's mean or std for a model of so many channels: for an RGB model made for one, their average."""
+    return (sum(values) / len(values),) if channels == 1 else tuple(values)

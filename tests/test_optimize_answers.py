@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import OPTIONS, SMALL, THREE, images_for, make, random_images, randomise, relative_rms
+from PIL import Image
 from torch import nn
 
 import swinfast
@@ -186,6 +187,18 @@ def test_uint8_images(timm):
             assert relative_rms(other(pixels), expected) <= 1e-5
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("source", ["timm", "ours"])
+def test_uint8_images_of_one_channel(timm, source):
+    """Of an RGB model made for one: by the averages of its mean and std, as image files are normalised for it."""
+    model = make(timm, SMALL | {"img_size": 64, "in_chans": 1}, source)
+    pixels = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    files = [Image.fromarray(one.numpy()) for one in pixels[:, 0]]
+    expected = model(torch.stack([*map(swinfast.transform_of(model).normalise, files)]))
+    assert relative_rms(swinfast.optimize(model)(pixels), expected) <= 1e-5
+    again = swinfast.optimize(swinfast.optimize(model), backend="torch")
+    assert relative_rms(again(pixels), expected) <= 1e-5
 
 
 def test_negative_views(timm):
