@@ -24,6 +24,8 @@ from .recompute import FusedForward
 from .self_check import is_asked_for, self_check
 from .specs import ImageScale
 
+IMAGE_DTYPES = (*DTYPES, torch.uint8)
+
 
 class Settings:
     """What optimize was told of a module, and what was found since, which no copy or pickle takes along.
@@ -160,9 +162,9 @@ class FusedComputation(Fused):
         choice = choose(settings.backend, spec, parameters[0].device, parameters[0].dtype, settings.failure)
         if choice.backend is None:
             return self._original_forward(x)
+        self._check(spec, x)
         # the graph must be differentiable where gradients are wanted, and only PyTorch's operations are
         backend = torch_backend if needs_grad(x, parameters) else choice.backend
-        self._check(spec, x)
         return self._run(backend, spec, self._derive(backend, spec, True, autocast_dtype(x.device)), x)
 
     def _check(self, spec: Any, x: Tensor) -> None:
@@ -190,7 +192,10 @@ class FusedPatchEmbed(FusedComputation):
 
     def _prepare(self, images):
         dtype = getattr(getattr(self.proj, "weight", None), "dtype", None)  # what wraps a layer may have no weight
-        if dtype not in DTYPES or images.dtype == dtype or images.dim() != 4:
+        if dtype not in DTYPES:
+            return images
+        _check_kind(images)
+        if images.dtype == dtype or images.dim() != 4:
             return images
         if images.dtype == torch.uint8:
             self._check_image_scale(images.shape[1])
@@ -205,6 +210,7 @@ class FusedPatchEmbed(FusedComputation):
         return backend.patch_embed(spec, tables, x, self._swinfast.image_scale).permute(0, 3, 1, 2)
 
     def _check(self, spec, images):
+        _check_kind(images)
         if images.dim() != 4:
             raise ValueError(f"images must be [B, {spec.proj.in_channels}, H, W], got shape {tuple(images.shape)}")
         if images.shape[1] != spec.proj.in_channels:
@@ -212,8 +218,6 @@ class FusedPatchEmbed(FusedComputation):
         patch = spec.proj.kernel_size
         if images.shape[2] < patch[0] or images.shape[3] < patch[1]:
             raise RuntimeError(f"images must be at least {patch[0]} by {patch[1]}, got shape {tuple(images.shape)}")
-        if not images.is_floating_point() and images.dtype != torch.uint8:
-            raise RuntimeError(f"images must be floating-point or uint8, got {images.dtype}")
         if spec.img_size is not None:
             for axis, got, expected in zip(("height", "width"), images.shape[2:], spec.img_size, strict=True):
                 assert got == expected, f"Input image {axis} ({got}) doesn't match model ({expected})."
@@ -234,6 +238,16 @@ class FusedPatchEmbed(FusedComputation):
             )
         if not all(value > 0 for value in scale[1]):
             raise ValueError(f"images are uint8, and the std to normalise them with must be above 0, got {scale[1]}")
+
+
+def _check_kind(images: Any) -> None:
+    """Refuse what are no images, whatever their sizes."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
+    if images.dtype not in IMAGE_DTYPES:
+        raise RuntimeError(f"images must be float32, float64, bfloat16, float16 or uint8, got {images.dtype}")
+    if images.layout != torch.strided:
+        raise RuntimeError(f"images must be a dense tensor, got one of layout {images.layout}")
 
 
 class FusedStage(FusedComputation):

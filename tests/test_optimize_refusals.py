@@ -362,13 +362,32 @@ def test_a_model_that_is_none():
         (torch.zeros(2, 3, 64, 32), AssertionError, r"Input image width \(32\) doesn't match model \(64\)."),
         (torch.zeros(2, 1, 64, 64), RuntimeError, r"images must have 3 channels, got shape \(2, 1, 64, 64\)"),
         (torch.zeros(3, 64, 64), ValueError, r"images must be \[B, 3, H, W\], got shape \(3, 64, 64\)"),
-        (torch.zeros(2, 3, 64, 64, dtype=torch.int64), RuntimeError, "images must be floating-point or uint8"),
+        (torch.zeros(2, 3, 64, 64, dtype=torch.int64), RuntimeError, "images must be float32, .* got torch.int64"),
     ],
     ids=["height", "width", "channels", "dimensions", "dtype"],
 )
 def test_wrong_images(model, images, error, message):
     with pytest.raises(error, match=message):
         swinfast.optimize(model)(images)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval mode", "training mode"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ("a", TypeError, "images must be a torch.Tensor, got str"),
+        (None, TypeError, "images must be a torch.Tensor, got NoneType"),
+        (IMAGES.numpy(), TypeError, "images must be a torch.Tensor, got ndarray"),
+        (IMAGES.to_sparse(), RuntimeError, "images must be a dense tensor, got one of layout torch.sparse_coo"),
+        (IMAGES.to(torch.float8_e4m3fn), RuntimeError, "images must be float32, .* got torch.float8_e4m3fn"),
+        (IMAGES.to(torch.complex64), RuntimeError, "images must be float32, .* got torch.complex64"),
+    ],
+    ids=["text", "None", "array", "sparse", "float8", "complex"],
+)
+def test_what_are_no_images(model, images, error, message, grad, training):
+    with pytest.raises(error, match=message), torch.set_grad_enabled(grad):
+        swinfast.optimize(model).train(training)(images)
 
 
 @pytest.mark.parametrize("size", [(1, 64), (64, 1)], ids=str)
