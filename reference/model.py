@@ -14,7 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .sizes import Size, WindowSize, halve, pair, stage_input, stage_ratios, stage_windows, windows_from_ratio
+from .sizes import (
+    Size,
+    WindowSize,
+    halve,
+    image_size,
+    pair,
+    stage_input,
+    stage_numbers,
+    stage_ratios,
+    stage_windows,
+    whole_number,
+    windows_from_ratio,
+)
 
 
 class PatchEmbed(nn.Module):
@@ -242,9 +254,11 @@ class SwinTransformerV2Cr(nn.Module):
             raise TypeError(f"norm_layer must make a torch.nn.LayerNorm, it made a {type(probe).__name__}")
         strict_img_size = strict_img_size and not dynamic_img_size
         self.dynamic_img_size = not strict_img_size
-        self.img_size = pair(img_size)
-        self.num_classes = num_classes
-        self.in_chans = in_chans
+        depths = stage_numbers("depths", depths, 0)
+        num_heads = stage_numbers("num_heads", num_heads, 1, len(depths))
+        self.img_size = image_size(img_size)
+        self.num_classes = whole_number("num_classes", num_classes, 0)
+        self.in_chans = whole_number("in_chans", in_chans, 1)
         self.patch_size = patch_size
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
         self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim, norm_layer, strict_img_size, **dd)
@@ -289,7 +303,7 @@ class SwinTransformerV2Cr(nn.Module):
         windows = None if window_size is None else stage_windows(window_size, count)
         ratios = None if window_ratio is None else stage_ratios(window_ratio, count)
         if img_size is not None:
-            self.img_size = self.patch_embed.img_size = pair(img_size)
+            self.img_size = self.patch_embed.img_size = image_size(img_size)
         grid = self.patch_embed.grid_size
         if windows is None and ratios is not None:
             windows = windows_from_ratio(grid, ratios, count)
@@ -310,7 +324,7 @@ class SwinTransformerV2Cr(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier for num_classes (0: none), with another pooling where global_pool is given."""
         weight = self.patch_embed.proj.weight
-        self.num_classes = num_classes
+        self.num_classes = whole_number("num_classes", num_classes, 0)
         self.head.reset(num_classes, global_pool, device=weight.device, dtype=weight.dtype)
         self.head_hidden_size = self.head.num_features
 

@@ -1,6 +1,7 @@
-"""Sizes: how window_size, window_ratio and img_size are resolved for each stage."""
+"""Sizes: what numbers make a model, and how window_size, window_ratio and img_size are resolved for each stage."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 Size = tuple[int, int]
 WindowSize = int | Size | Sequence[int | Size]
@@ -8,6 +9,39 @@ WindowSize = int | Size | Sequence[int | Size]
 
 def pair(value: int | Sequence[int]) -> Size:
     return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def whole_number(name: str, value: int, least: int) -> int:
+    """An argument of any integral type; ValueError for another or one that is less than it may be."""
+    numbers = _whole_numbers([value])
+    if not numbers or numbers[0] < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return numbers[0]
+
+
+def stage_numbers(name: str, values: Sequence[int], least: int, count: int | None = None) -> tuple[int, ...]:
+    """An argument with a whole number for each of so many stages, or of any number of them; else ValueError."""
+    numbers = _whole_numbers(values)
+    if not numbers or min(numbers) < least or len(numbers) != (count or len(numbers)):
+        stages = "each stage" if count is None else f"each of {count} stages"
+        raise ValueError(f"{name} must be whole numbers of at least {least}, one for {stages}, got {values!r}")
+    return numbers
+
+
+def image_size(img_size: int | Sequence[int]) -> Size:
+    """img_size as (H, W); ValueError where it is none."""
+    size = _whole_numbers(img_size) or _whole_numbers([img_size, img_size])
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"Expected a positive image size (H, W), got {size or img_size}.")
+    return size
+
+
+def _whole_numbers(values: Iterable[int]) -> tuple[int, ...]:
+    """Values of integral types as int; none of them where one is of another type."""
+    try:
+        return tuple(map(operator.index, values))
+    except TypeError:
+        return ()
 
 
 def halve(size: Size) -> Size:

@@ -3,6 +3,7 @@
 import fnmatch
 import inspect
 import json
+import os
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ def is_folder(name: str | Path) -> bool:
 
 
 def create_model(
-    name: str, pretrained: bool = False, checkpoint_path: str | Path = "", **overrides: Any
+    name: str | Path, pretrained: bool = False, checkpoint_path: str | Path = "", **overrides: Any
 ) -> SwinTransformerV2Cr | FeatureListNet:
     """A Swin Transformer V2 CR model of plain PyTorch, in training mode as timm's are: call .eval() on it.
 
@@ -59,17 +60,19 @@ def create_model(
 
     Raises:
         ValueError: An unknown name or tag.
-        TypeError: An unknown override.
+        TypeError: An unknown override, or a name that is none.
         CheckpointError: The weights can't be read or don't fit.
         RuntimeError: There are no published weights, or they can't be downloaded.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"name must be a string or a path, one of list_models() or a folder, got {name!r}")
     folder = Path(name)
     from_folder = is_folder(folder)
     if from_folder:
         architecture, arguments, config = _read_folder(folder)
         pretrained, checkpoint_path = False, checkpoint_path or folder / WEIGHTS_FILE
     else:
-        architecture, config = _look_up(name)
+        architecture, config = _look_up(str(name))
         arguments = {}
     arguments = VARIANTS[architecture][0] | {"img_size": config["input_size"][1:]} | arguments | overrides
     features_only = arguments.pop("features_only", False)

@@ -4,8 +4,10 @@ import builtins
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import huggingface_hub.errors
@@ -81,6 +83,17 @@ def small(**overrides) -> dict:
 def test_error_for_unknown_names(name, message):
     with pytest.raises(ValueError, match=message):
         swinfast.create_model(name)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["swinv2_cr_tiny_224"]], ids=str)
+def test_error_for_what_is_no_name(name):
+    with pytest.raises(TypeError, match=f"name must be a string or a path, .*, got {re.escape(repr(name))}"):
+        swinfast.create_model(name)
+
+
+def test_error_for_a_path_without_a_model():
+    with pytest.raises(ValueError, match="unknown model 'missing': name one of"):
+        swinfast.create_model(Path("missing"))
 
 
 def test_error_for_unknown_options(model_folder):
@@ -286,9 +299,9 @@ def test_folder_with_another_checkpoint(folder, tmp_path):
         (json.dumps(small(label_names=list(range(1000)))), r"label_names \[0, .* \.\.\.\], expected a list of str"),
         (json.dumps(small(label_names="cat")), "has label_names 'cat', expected a list of strings"),
         (json.dumps(small(label_names=7)), "has label_names 7, expected a list of strings"),
-        (json.dumps(small(model_args={"depths": 2})), "has model_args that make no model: .*int"),
+        (json.dumps(small(model_args={"depths": 2})), "has model_args that make no model: depths must be whole"),
         (json.dumps(small(model_args={"patch_size": None})), "has model_args that make no model: .*None"),
-        (json.dumps(small(model_args={"img_size": [32]})), "has model_args that make no model: tuple index"),
+        (json.dumps(small(model_args={"img_size": [32]})), "has model_args that make no model: .*image size"),
         (json.dumps(small(model_args={"patch_size": 0})), "has model_args that make no model: .*zero"),
         (json.dumps(small(model_args={"embed_dim": -4})), "has model_args that make no model: .*negative"),
         (json.dumps(small(model_args={"global_pool": "x"})), "has model_args that make no model: global_pool"),

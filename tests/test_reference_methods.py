@@ -157,6 +157,25 @@ def test_set_input_size_changes_nothing_on_errors(twins, wrong):
         assert model.img_size == model.patch_embed.img_size == (64, 64)
 
 
+@pytest.mark.parametrize("size", [0, -4, (64, 0), (64,), (64, 64, 64), "64"], ids=str)
+def test_no_image_size(twins, size):
+    ours, theirs = twins(**small_model_args())
+    with pytest.raises(ValueError, match=r"^Expected a positive image size \(H, W\), got ") as error:
+        ours.set_input_size(img_size=size)
+    assert ours.img_size == ours.patch_embed.img_size == (64, 64)
+    if size == 0:
+        with pytest.raises(ValueError) as expected:
+            theirs.set_input_size(img_size=size)
+        assert str(error.value) == str(expected.value)
+
+
+def test_no_number_of_classes(twins):
+    ours, _ = twins(**small_model_args())
+    with pytest.raises(ValueError, match="num_classes must be a whole number of at least 0, got None"):
+        ours.reset_classifier(None, "max")
+    assert (ours.num_classes, ours.head.pool_type) == (10, "avg")
+
+
 @pytest.mark.parametrize("out_indices", [None, (1, 3), (0,), (-2, -1), 2, (2, 0)], ids=str)
 def test_features_only(timm, out_indices):
     options = {} if out_indices is None else {"out_indices": out_indices}

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers import random_images, relative_rms, small_model_args
@@ -199,11 +200,32 @@ def test_error_for_wrong_windows(timm, options, message):
         ({"global_pool": "median"}, ValueError, "global_pool must be one of .*'catavgmax', got 'median'"),
         ({"global_pool": "slowavg"}, ValueError, "got 'slowavg'"),
         ({"num_heads": (3, 4)}, ValueError, "num_heads must divide the channels, got 3 heads for 16 channels"),
-        ({"num_heads": (2, 4, 8)}, ValueError, "longer"),
+        ({"num_heads": (2, 4, 8)}, ValueError, r"num_heads must be .*, one for each of 2 stages, got \(2, 4, 8\)"),
+        ({"num_heads": (0, 4)}, ValueError, r"num_heads must be whole numbers of at least 1, .*, got \(0, 4\)"),
+        ({"depths": 3}, ValueError, "depths must be whole numbers of at least 0, one for each stage, got 3"),
+        ({"depths": ()}, ValueError, r"depths must be whole numbers of at least 0, one for each stage, got \(\)"),
+        ({"depths": (2, 0.5)}, ValueError, r"depths must be whole numbers .*, got \(2, 0\.5\)"),
+        ({"num_classes": None}, ValueError, "num_classes must be a whole number of at least 0, got None"),
+        ({"num_classes": -1}, ValueError, "num_classes must be a whole number of at least 0, got -1"),
+        ({"in_chans": 0}, ValueError, "in_chans must be a whole number of at least 1, got 0"),
+        ({"img_size": 0}, ValueError, r"Expected a positive image size \(H, W\), got \(0, 0\)\."),
+        ({"img_size": (64, -4)}, ValueError, r"Expected a positive image size \(H, W\), got \(64, -4\)\."),
+        ({"img_size": (64,)}, ValueError, r"Expected a positive image size \(H, W\), got \(64,\)\."),
+        ({"img_size": None}, ValueError, r"Expected a positive image size \(H, W\), got None\."),
         ({"drop_rate": 0.1}, TypeError, "unexpected keyword argument 'drop_rate'"),
     ],
-    ids=["norm_layer, batch norm", "norm_layer, RMS norm", "pool", "pool prefix", "heads", "heads count", "unknown"],
-)
+    ids=[
+        "norm_layer, batch norm", "norm_layer, RMS norm", "pool", "pool prefix", "heads", "heads count", "no heads",
+        "depths, number", "no depths", "depths, half a block", "no num_classes", "negative num_classes", "no channels",
+        "no image", "negative image", "one side", "no img_size", "unknown",
+    ],
+)  # fmt: skip
 def test_error_for_wrong_options(options, error, message):
     with pytest.raises(error, match=message):
         SwinTransformerV2Cr(**small_model_args(**options))
+
+
+def test_numbers_of_other_types():
+    numbers = {"img_size": np.array([64, 48]), "depths": np.array([1, 2]), "num_classes": np.int64(3)}
+    model = SwinTransformerV2Cr(**small_model_args(**numbers))
+    assert (model.img_size, model.num_classes, len(model.stages[1].blocks)) == ((64, 48), 3, 2)
