@@ -5,6 +5,8 @@ import math
 import operator
 from typing import Any
 
+from torch import nn
+
 LARGEST = 2**31 - 1  # number that makes sense; JSON's and those of Python have no end
 
 
@@ -42,3 +44,9 @@ def finite_numbers(values: Any) -> tuple[float, ...] | None:
     except (TypeError, ValueError):
         return None
     return numbers if numbers and all(map(math.isfinite, numbers)) else None
+
+
+def check_model(name: str, value: Any) -> None:
+    """TypeError for an argument that is no model."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import graphs, torch_backend
-from .adapters import DTYPES, Adapter, adapter_of, dropouts, why_not
+from .adapters import DTYPES, SUPPORTED, Adapter, adapter_of, dropouts, why_not
 from .autocast import autocast_dtype
 from .backends import choose
 from .calls import is_traced, is_transformed, kind_of, needs_grad
@@ -278,6 +278,11 @@ class FusedStage(FusedComputation):
 
 
 FUSED = {"patch embedding": FusedPatchEmbed, "stage": FusedStage}
+
+
+def not_optimized(model: nn.Module) -> ValueError:
+    """The error for a model without replaced modules, where one with them is needed."""
+    return ValueError(f"{type(model).__name__} is not optimized: call swinfast.optimize, which takes {SUPPORTED}")
 
 
 def fuse(module: nn.Module, mixin: type[Fused]) -> None:

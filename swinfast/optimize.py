@@ -9,10 +9,10 @@ from torch import nn
 
 from . import graphs
 from .adapters import DTYPES, SUPPORTED, adapter_for, class_of, is_classifier, is_patch_embed
-from .arguments import finite_numbers
+from .arguments import check_model, finite_numbers
 from .backends import check_choice
 from .classifier import FusedClassifier
-from .fused import FUSED, Fused, FusedStage, ImageScale, Settings, fuse
+from .fused import FUSED, Fused, FusedStage, ImageScale, Settings, fuse, not_optimized
 from .sequence import FusedStages
 from .variants import per_channel
 
@@ -91,10 +91,17 @@ def refresh(model: nn.Module) -> None:
 
     Needed only after edits that PyTorch does not count: through ``parameter.data`` or raw memory, by a collective of
     torch.distributed, such as a broadcast of weights, or by another process in shared memory.
+
+    Raises:
+        TypeError: model is no torch.nn.Module.
+        ValueError: It has not been through ``optimize``.
     """
-    for module in model.modules():
-        if isinstance(module, Fused):
-            module._swinfast.forget()
+    check_model("model", model)
+    replaced = [module for module in model.modules() if isinstance(module, Fused)]
+    if not replaced:
+        raise not_optimized(model)
+    for module in replaced:
+        module._swinfast.forget()
 
 
 def _image_scales(model: nn.Module) -> dict[nn.Module, ImageScale]:
@@ -110,8 +117,7 @@ def _image_scales(model: nn.Module) -> dict[nn.Module, ImageScale]:
 
 
 def _check_arguments(model, dtype, cuda_graphs, mean, std) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model("model", model)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype!r}")
     if cuda_graphs != "auto" and not isinstance(cuda_graphs, bool):

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from tabulate import tabulate
 from torch import nn
 
-from .adapters import SUPPORTED, class_of
-from .fused import Fused, FusedComputation, FusedStage
+from .adapters import class_of
+from .arguments import check_model
+from .fused import Fused, FusedComputation, FusedStage, not_optimized
 from .graphs import Graphs
 from .plan import Plan
 from .specs import BlockSpec, MergeSpec, PatchEmbedSpec
@@ -49,8 +50,10 @@ def report(model: nn.Module) -> Report:
     """What runs each module of an optimised model, as it stands now.
 
     Raises:
+        TypeError: model is no torch.nn.Module.
         ValueError: The model has not been through ``swinfast.optimize``.
     """
+    check_model("model", model)
     rows, graphs = [], []
     training = False
     for name, module in model.named_modules():
@@ -60,7 +63,7 @@ def report(model: nn.Module) -> Report:
         if isinstance(module, Fused) and module._swinfast.plan is not None:
             graphs += _graphs(name or class_of(module).__name__, module._swinfast.plan.graphs)
     if not rows:
-        raise ValueError(f"{type(model).__name__} is not optimized: call swinfast.optimize, which takes {SUPPORTED}")
+        raise not_optimized(model)
     return Report(tuple(rows), training, tuple(graphs))
 
 

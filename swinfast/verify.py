@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_model
 from .autocast import autocast_dtype, without_autocast
 
 # Beside twice the error of the plain computation: what a fused kernel may be off where plain PyTorch happens to be
@@ -74,12 +75,13 @@ def verify(model: nn.Module, fast: nn.Module, images: Tensor) -> Verification:
         images: [B, in_chans, H, W], floating-point, as the models take them.
 
     Raises:
-        ValueError: The models have different state_dict keys, fast is in training mode, or images is not
-            floating-point.
-        TypeError: The model returns something else than tensors.
+        ValueError: The models have different state_dict keys, fast is in training mode, or images is not floating-point
+            or not [B, C, H, W] of at least one image.
+        TypeError: An argument is of another type, or the model returns something else than tensors.
     """
-    if not images.is_floating_point():
-        raise ValueError(f"images must be floating-point, got {images.dtype}")
+    check_model("model", model)
+    check_model("fast", fast)
+    _check_images(images)
     if fast.training:
         raise ValueError("fast is in training mode, where it runs the original computation: call fast.eval() first")
     if model.state_dict().keys() != fast.state_dict().keys():
@@ -90,11 +92,11 @@ def verify(model: nn.Module, fast: nn.Module, images: Tensor) -> Verification:
     dtype = stored if region is None or stored == torch.float64 else region  # which autocast leaves alone
     images = images.to(device, stored)
     with torch.no_grad(), tf32_as_in_products():
+        fast_out = _outputs(fast(images))  # the first, since its errors say what is wrong with images
         plain = copy.deepcopy(model).to(device, stored).eval()
         plain_out, nudged_out = _outputs(plain(images)), _outputs(plain(_nudge(images, dtype)))
         with without_autocast(device):
             oracle = _outputs(plain.double()(images.double()))
-        fast_out = _outputs(fast(images))
     reason = _compare(fast_out, (plain_out, nudged_out), oracle, stored, dtype)
     agreement = None
     if len(oracle) == 1 and oracle[0].dim() == 2 and oracle[0].numel() and fast_out[0].shape == oracle[0].shape:
@@ -104,6 +106,15 @@ def verify(model: nn.Module, fast: nn.Module, images: Tensor) -> Verification:
         _worst(_errors(plain_out, oracle), _errors(nudged_out, oracle)),
     )
     return Verification(dtype, fast_errors, plain_errors, agreement, not reason, reason)
+
+
+def _check_images(images: Any) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating-point, got {images.dtype}")
+    if images.dim() != 4 or not images.numel():
+        raise ValueError(f"images must be [B, C, H, W] of at least one image, got shape {tuple(images.shape)}")
 
 
 @contextmanager

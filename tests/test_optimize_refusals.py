@@ -318,8 +318,9 @@ def test_padded_convolution_stays_original(model):
 def test_nothing_supported():
     with pytest.raises(ValueError, match=r"nothing to optimize in Linear; supported are Swin Transformer V2 CR"):
         swinfast.optimize(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"is not optimized: call swinfast.optimize"):
-        swinfast.report(nn.Linear(2, 2))
+    for call in (swinfast.report, swinfast.refresh):
+        with pytest.raises(ValueError, match=r"Linear is not optimized: call swinfast.optimize"):
+            call(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -350,9 +351,10 @@ def test_graphs_without_a_gpu(model):
         swinfast.optimize(model, cuda_graphs=True)
 
 
-def test_a_model_that_is_none():
+@pytest.mark.parametrize("call", [swinfast.optimize, swinfast.report, swinfast.refresh], ids=lambda call: call.__name__)
+def test_a_model_that_is_none(call):
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
-        swinfast.optimize("swinv2_cr_tiny_ns_224")
+        call("swinv2_cr_tiny_ns_224")
 
 
 @pytest.mark.parametrize(

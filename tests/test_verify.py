@@ -194,12 +194,6 @@ def test_outputs_of_another_shape(model):
     assert math.isinf(outcome.fast.relative_rms)
 
 
-def test_no_images():
-    model = Answers(lambda x: x).eval()
-    outcome = swinfast.verify(model, model, IMAGES[:0])
-    assert not outcome.passed and outcome.reason == "nothing finite to compare"
-
-
 def test_an_output_without_numbers():
     """The others are compared."""
     model, wrong = (Answers(lambda x, factor=factor: [factor * x, x[:, :0]]).eval() for factor in (1.0, 1.01))
@@ -296,6 +290,17 @@ def test_wrong_arguments(model):
         swinfast.verify(model, fast, torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"call fast\.eval"):
         swinfast.verify(model, copy.deepcopy(fast).train(), IMAGES)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
+        swinfast.verify(None, fast, IMAGES)
+    with pytest.raises(TypeError, match=r"fast must be a torch\.nn\.Module, got str"):
+        swinfast.verify(model, "fast", IMAGES)
+    with pytest.raises(TypeError, match=r"images must be a torch\.Tensor, got NoneType"):
+        swinfast.verify(model, fast, None)
+    for wrong, shape in ((IMAGES[:0], r"\(0, 3, 64, 64\)"), (IMAGES[0], r"\(3, 64, 64\)")):
+        with pytest.raises(ValueError, match=rf"images must be .* of at least one image, got shape {shape}"):
+            swinfast.verify(model, fast, wrong)
+    with pytest.raises(RuntimeError, match=r"images must have 3 channels, got shape \(4, 1, 64, 64\)"):
+        swinfast.verify(model, fast, IMAGES[:, :1])
     fast.reset_classifier(0)
     with pytest.raises(ValueError, match="different parameters"):
         swinfast.verify(model, fast, IMAGES)
