@@ -329,7 +329,9 @@ def _add_bias(logits: Tensor, bias: Tensor) -> None:
     if bias.dim() == 3:
         logits += bias
         return
-    if torch.compiler.is_exporting():  # slices of one window would fix the size of what is exported for any size
+    if torch.compiler.is_compiling():
+        # Slices of one window would fix the size of what is exported for any size, and Inductor would look for minutes
+        # at what lies in which slice of a batch of any size.
         logits += bias[window_types(logits.shape[1:3], bias.device)].unflatten(0, logits.shape[1:3])
         return
     interior, last_row, last_column, corner = bias

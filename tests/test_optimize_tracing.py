@@ -3,6 +3,7 @@
 The graph is checked without a code generator (aot_eager) everywhere, and with Inductor where a C++ compiler is found.
 """
 
+import operator
 import re
 import shutil
 
@@ -53,6 +54,22 @@ def test_export_for_images_of_any_size(timm):
     images = random_images(2, 3, 96, 160, dtype=torch.float64)
     with torch.no_grad():
         assert relative_rms(exported.module()(images), model(images)) <= 1e-9
+
+
+def test_biases_of_shifted_windows_are_no_slices_in_a_graph(timm):
+    """Inductor took minutes to compile those for batches of any size."""
+    _, fast = make(timm)
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module.graph)
+        return module.forward
+
+    with torch.no_grad():
+        torch.compile(fast, fullgraph=True, backend=backend, dynamic=True)(IMAGES)
+    (graph,) = graphs
+    functions = {node.target for node in graph.nodes}
+    assert torch.nn.functional.layer_norm in functions and operator.setitem not in functions
 
 
 @pytest.mark.parametrize("pre_dispatch", [False, True])
