@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import graphs, torch_backend
-from .adapters import DTYPES, SUPPORTED, Adapter, adapter_of, dropouts, why_not
+from .adapters import DTYPES, SUPPORTED, Adapter, adapter_of, dropouts, patches, why_not
 from .autocast import autocast_dtype
 from .backends import choose
 from .calls import is_traced, is_transformed, kind_of, needs_grad
@@ -190,10 +190,15 @@ class FusedComputation(Fused):
 class FusedPatchEmbed(FusedComputation):
     """Patch embedding that casts floating-point images to the model's dtype and normalises uint8 ones."""
 
+    def _original_forward(self, images):
+        """Images as they are where somebody else's code sees them before the projection: it may expect them so."""
+        proj = self.proj
+        if type(proj) is not nn.Conv2d or proj._forward_pre_hooks or next(patches(self), None) is not None:
+            return self.original.forward(self, images)
+        return super()._original_forward(images)
+
     def _prepare(self, images):
-        dtype = getattr(getattr(self.proj, "weight", None), "dtype", None)  # what wraps a layer may have no weight
-        if dtype not in DTYPES:
-            return images
+        dtype = self.proj.weight.dtype
         _check_kind(images)
         if images.dtype == dtype or images.dim() != 4:
             return images

@@ -130,7 +130,7 @@ def test_autocast(model, images, dtype):
     model, fast = model.to(dtype), swinfast.optimize(model, dtype=dtype).train()
     seen = []
     fast.patch_embed.register_forward_hook(lambda *_: None)
-    fast.patch_embed.proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    fast.patch_embed.proj.register_forward_hook(lambda module, inputs, _: seen.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fast(given), model(taken.to(dtype)))
     castable = dtype == torch.float32 and given.is_floating_point() and given.dtype != torch.float64
@@ -146,6 +146,26 @@ def test_pixels_without_mean_and_std_in_training(model):
 def test_pixels_of_other_channels_in_training(model):
     with pytest.raises(ValueError, match="of 1 channels, and the mean and std to normalise them with of 3"):
         swinfast.optimize(model).train()(PIXELS[:, :1])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_hook_that_makes_images_of_pixels(model, training):
+    """It sees them as it would in the plain model."""
+
+    def prepared(module, inputs):
+        assert inputs[0].dtype == torch.uint8
+        return inputs[0] / 255
+
+    model.patch_embed.proj.register_forward_pre_hook(prepared)
+    with torch.no_grad():
+        assert relative_rms(swinfast.optimize(model).train(training)(PIXELS), model(PIXELS)) <= 2e-6
+
+
+def test_a_method_that_makes_images_of_pixels(model):
+    forward = model.patch_embed.proj.forward
+    model.patch_embed.proj.forward = lambda images: forward(images / 255)
+    with torch.no_grad():
+        assert relative_rms(swinfast.optimize(model, inplace=True)(PIXELS), model(PIXELS)) <= 2e-6
 
 
 def test_a_layer_that_is_wrapped(model):
