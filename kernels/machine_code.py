@@ -11,6 +11,7 @@ import hashlib
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,11 +104,14 @@ def _reads(name: str, operands: list[str]) -> Iterator[tuple[str, int]]:
                 yield register, one
 
 
+_one_at_a_time = threading.Lock()
+
+
 @contextmanager
 def newer_compiler() -> Iterator[None]:
     """Have Triton compile anew, by its ptxas for newer GPUs. In its cache that takes the place of what was refused."""
     nvidia, compilation = triton.knobs.nvidia, triton.knobs.compilation
-    with nvidia.scope(), compilation.scope():
+    with _one_at_a_time, nvidia.scope(), compilation.scope():  # else one would restore what another had set
         nvidia.ptxas = nvidia.ptxas_blackwell.path
         compilation.always_compile = True
         yield

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import triton
 from swinfast.kernels import machine_code
 from swinfast.kernels.configs import Config
 from swinfast.kernels.launch import launch
-from swinfast.kernels.machine_code import MARK, TOOLS, Miscompiled, refuse_miscompiled, unwritten
+from swinfast.kernels.machine_code import MARK, TOOLS, Miscompiled, newer_compiler, refuse_miscompiled, unwritten
 
 WELL = """
         /*0010*/                   LDC R1, c[0x0][0x28] ;
@@ -232,6 +233,33 @@ def test_a_launch_compiles_again(monkeypatch):
         launch(kernel, 1, x, 7, config=config, BLOCK=2)
     options = {"BLOCK": 2, **config.options}
     assert kernel.launched == [("well", True, True, (x, 7), options), ("well", False, False, (x, 7), options)]
+    assert "TRITON_PTXAS_PATH" not in os.environ
+
+
+def test_threads_that_compile_again_leave_all_as_it_was(monkeypatch):
+    """Each of them restores what it has found."""
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    first_is_in, first_may_go = threading.Event(), threading.Event()
+
+    def first():
+        with newer_compiler():
+            first_is_in.set()
+            first_may_go.wait(5)
+
+    def second():
+        with newer_compiler():
+            first_may_go.set()
+            threads[0].join(5)
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    first_is_in.wait(5)
+    threads[1].start()
+    threads[1].join(0.1)  # it would be in by now
+    first_may_go.set()
+    for thread in threads:
+        thread.join()
+    assert not triton.knobs.compilation.always_compile
     assert "TRITON_PTXAS_PATH" not in os.environ
 
 
