@@ -108,19 +108,22 @@ def _sanitize(visit: Visit) -> list[Command]:
 
 
 def _tests(visit: Visit) -> list[Command]:
-    """Every kernel; and what has tests for a GPU: equality with timm, graphs, export."""
-    files = [file for file in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in file.read_text(encoding="utf-8")]
-    return _pytest([*sorted(ROOT.glob("tests/kernels/test_*.py")), ROOT / "tests/test_triton_backend.py", *files])
+    return [tests_on_a_gpu()]
 
 
-def _pytest(files: Sequence[Path]) -> list[Command]:
-    """Tests in many processes where pytest-xdist is there; most of their time is compiling. Mutants are for CPUs."""
+def tests_on_a_gpu() -> Command:
+    """Every kernel; and what has tests for a GPU: equality with timm, graphs, export. Mutants are for CPUs.
+
+    In many processes where pytest-xdist is there; most of their time is compiling.
+    """
+    marked = [file for file in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in file.read_text(encoding="utf-8")]
+    files = [*sorted(ROOT.glob("tests/kernels/test_*.py")), ROOT / "tests/test_triton_backend.py", *marked]
     command = [*PYTHON, "pytest", *NAMING, "-k", "not mutant", "-m", "not slow"]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", str(PATIENCE), "--timeout-method", "thread"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(_processes()), "--dist", "worksteal"]
-    return [(*command, *(str(file.relative_to(ROOT)) for file in dict.fromkeys(files)))]
+    return (*command, *(str(file.relative_to(ROOT)) for file in dict.fromkeys(files)))
 
 
 def _processes() -> int:

@@ -1,7 +1,7 @@
 """Fills Triton's cache with the kernels that another machine's GPU will launch. No GPU is needed.
 
 `python -m bench.precompile --arch sm_90 [--models NAME …] [--batch-sizes 1 256] [--dtypes float16 …] [--forms tables …]
-[--candidates N]`
+[--candidates N] [--tests]`
 
 Compiling is most of the time of a first run. Copy the cache (TRITON_CACHE_DIR) to the same path on a machine with the
 same versions of Triton and of this project, and nothing that was compiled here is compiled there. Triton keeps whole
@@ -26,7 +26,9 @@ from tqdm import tqdm
 
 from bench.candidates import candidates
 from bench.cases import first_launches, launch_of, model_named
+from bench.gpu_check import tests_on_a_gpu
 from bench.kernels import COMPOSITIONS, KERNELS
+from bench.recorder import launches_of
 from bench.targets import find_targets
 from swinfast.arguments import positive
 
@@ -40,6 +42,9 @@ def launches(options: argparse.Namespace) -> Iterator[tuple[Launch, str]]:
                 yield launched, precision
         if options.candidates:
             yield from _tried(options, batch)
+    if options.tests:
+        for launched in launches_of((*tests_on_a_gpu(), "-qq")):
+            yield launched, "tests"
 
 
 def _tried(options: argparse.Namespace, batch: int) -> Iterator[tuple[Launch, str]]:
@@ -78,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--candidates", type=positive, default=0, help="of bench.tune too, so many a kernel (default: none)"
     )
+    parser.add_argument("--tests", action="store_true", help="what bench.gpu_check's tests launch, too (they run here)")
     parser.add_argument("--processes", type=positive, metavar="N", help="default: as many as there are cores")
     return parser
 

@@ -74,6 +74,44 @@ def test_precompile(tmp_path):
     assert more == len(list(tmp_path.glob("*/*.cubin")))  # what was there is found again
 
 
+LAUNCHING = """
+import torch
+from swinfast.kernels.norm_residual import norm_residual
+
+def test_launches():
+    x, weight, bias = torch.ones(3, 32), torch.ones(32), torch.ones(33)
+    for b in (bias[:32], bias[1:], bias[:32]):
+        norm_residual(x, weight, b, 1e-5, x)
+    norm_residual(x[:0], weight, weight, 1e-5, x[:0])
+    x, weight = torch.ones(3, 64, device="meta"), torch.ones(64, device="meta")
+    norm_residual(x, weight, weight, 1e-5, x)
+"""
+
+RECORDED = """
+import sys
+from bench.recorder import launches_of
+from swinfast.kernels.gate import compile_ahead, jobs_of
+
+command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", sys.argv[1]]
+for job in jobs_of(((launched, "") for launched in launches_of(command)), "sm_90"):
+    names = list(job.signature)
+    divided = [names[path[0]] for path, attrs in job.attrs.items() if ["tt.divisibility", 16] in attrs]
+    print("JOB", job.kernel, job.signature["x"], job.named["C"], "norm_bias" in divided, "x" in divided, end=" ")
+    print(compile_ahead(job).error or "compiles")
+"""
+
+
+def test_what_tests_launch(tmp_path):
+    """In the interpreter, so that it can be compiled for a GPU: each thing once, as its arguments are aligned."""
+    (tmp_path / "test_launching.py").write_text(LAUNCHING, encoding="utf-8")
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", RECORDED, str(tmp_path / "test_launching.py")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    jobs = [line for line in done.stdout.splitlines() if line.startswith("JOB")]
+    assert jobs == [f"JOB norm_residual *fp32 32 {aligned} True compiles" for aligned in (True, False)]
+
+
 def small(operation: str, precision: str = "float16", form: str = "apart", **has) -> cases.Case:
     """A case of an operation, in the second stage; has: arguments that it must have."""
     found = cases_of(model_named("small"), 3, precision, "sm_90", choose_forms(FORMS[form]))
