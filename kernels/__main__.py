@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from .launch import INTERPRETED
 from .shapes import PRECISIONS, VARIANTS, launches
 
 HEADINGS = ("kernel", "shape", "precision", "arch", "tile", "registers", "spilled", "shared", "per SM", "product")
+FEW = 4  # jobs, which take less than processes to start
 EPILOG = """\
 Nothing here needs a GPU: Triton compiles ahead of time. One row is printed for each kernel: the bytes a thread
 spills, the bytes of shared memory a program needs, how many programs fit a multiprocessor at once, and the matrix
@@ -94,18 +95,23 @@ def cache_file() -> Path:
 
 
 def measure_all(jobs: Sequence[Job], file: Path) -> dict[str, Measured]:
-    """Results by the keys of the jobs: from the file where it has them, or compiled, in as many processes as cores."""
+    """Results by the keys of the jobs: from the file where it has them, or compiled in as many processes as cores."""
     known = _load(file)
     missing = [job for job in jobs if job.key not in known]
-    if missing:
-        workers = min(os.cpu_count() or 1, len(missing))
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for done, (job, result) in enumerate(zip(missing, pool.map(measure, missing, chunksize=4), strict=True), 1):
-                known[job.key] = result
-                if done % 200 == 0 or done == len(missing):
-                    print(f"compiled {done} of {len(missing)}", file=sys.stderr)
-                    _save(file, known)
+    for done, (job, result) in enumerate(zip(missing, _measured(missing), strict=True), 1):
+        known[job.key] = result
+        if done % 200 == 0 or done == len(missing):
+            print(f"compiled {done} of {len(missing)}", file=sys.stderr)
+            _save(file, known)
     return known
+
+
+def _measured(jobs: Sequence[Job]) -> Iterator[Measured]:
+    if len(jobs) <= FEW:
+        yield from map(measure, jobs)
+        return
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(measure, jobs, chunksize=4)
 
 
 def _load(file: Path) -> dict[str, Measured]:
