@@ -1,4 +1,4 @@
-"""What tests launch: `pytest -p bench.recorder` keeps it in a folder, and launches_of(tests) is it again.
+"""What tests launch: `pytest -p bench.recorder` keeps it in a folder, and launches_of(command) is it again.
 
 Without a GPU tests run in Triton's interpreter, so what they will launch on one is known before.
 """

@@ -20,7 +20,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from .configs import Config
 from .launch import Launch
-from .machine_code import RULES, Miscompiled, look_into, newer_compiler, refuse_miscompiled
+from .machine_code import RULES, look_into, well_compiled
 
 PRODUCTS = {  # matrix instructions by what their text in the assembly is
     "wgmma": "wgmma.mma_async",
@@ -172,13 +172,7 @@ def compile_job(job: Job) -> CompiledKernel:
     """What Triton makes of a job, from its cache or into it."""
     kernel = getattr(importlib.import_module(job.module), job.function)
     source = ASTSource(kernel, job.signature, job.constants, job.attrs)
-    target, options = ARCHS[job.arch].target, job.config.options
-    refuse_miscompiled()
-    try:
-        return triton.compile(source, target=target, options=options)
-    except Miscompiled:
-        with newer_compiler():
-            return triton.compile(source, target=target, options=options)
+    return well_compiled(triton.compile, source, target=ARCHS[job.arch].target, options=job.config.options)
 
 
 def waits_first(assembly: str) -> bool:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Config
-from .machine_code import Miscompiled, newer_compiler, refuse_miscompiled
+from .machine_code import well_compiled
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_ROWS = 2**31 - 2**16  # row numbers are 32-bit integers, offsets 64-bit
@@ -85,13 +85,8 @@ def launch(kernel: Any, programs: int, *args: Any, config: Config, **constants: 
             "on a CPU they run only in Triton's interpreter, with TRITON_INTERPRET=1 set before triton is imported"
         )
     elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
-    refuse_miscompiled()
     with torch.cuda.device(tensor.device) if elsewhere else HERE:
-        try:
-            kernel[(programs,)](*args, **constants | config.options)
-        except Miscompiled:
-            with newer_compiler():
-                kernel[(programs,)](*args, **constants | config.options)
+        well_compiled(kernel[(programs,)], *args, **constants | config.options)
 
 
 def can_be_described(*tensors: Tensor) -> bool:

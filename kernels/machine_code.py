@@ -12,13 +12,14 @@ import re
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import triton
 
+T = TypeVar("T")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCH = 90  # whose products take addresses from uniform registers, and whose kernels that ptxas compiles
 RULES = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
@@ -139,6 +140,20 @@ def refuse_miscompiled() -> None:
             _check(function.__name__, metadata_group)
 
     triton.knobs.compilation.listener = _listener = listener
+
+
+def well_compiled(compile: Callable[..., T], *args: Any, **options: Any) -> T:
+    """What a function of Triton's returns that compiles; where that is refused, by the newer compiler.
+
+    Raises:
+        Miscompiled: That was refused, too.
+    """
+    refuse_miscompiled()
+    try:
+        return compile(*args, **options)
+    except Miscompiled:
+        with newer_compiler():
+            return compile(*args, **options)
 
 
 def _check(name: str, files: dict[str, str]) -> None:

@@ -280,10 +280,10 @@ COMPILE = """
 import sys, torch
 from bench.cases import FORMS, cases_of, choose_forms, launch_of, model_named
 from swinfast.kernels.configs import Config
-from swinfast.kernels import gate
+from swinfast.kernels import machine_code
 from swinfast.kernels.gate import compile_ahead, jobs_of
-newer = gate.newer_compiler
-gate.newer_compiler = lambda: print("again") or newer()
+newer = machine_code.newer_compiler
+machine_code.newer_compiler = lambda: print("again") or newer()
 for form, name, blocks in (("heads", "qkv_attention", {}), ("parts", "attention_parts", {"BLOCK_N": 64})):
     with torch.no_grad():
         cases = cases_of(model_named("padded"), 1, "float16", "sm_90", choose_forms(FORMS[form]))
