@@ -150,6 +150,7 @@ class FusedClassifier(FusedWhole):
             reads=lambda: self.tables(plan, kind),
             compute=partial(self._compute, plan),
             plain=partial(self.original.forward, self, x),
+            first=partial(self._embed, plan.patch_embed),
         )
 
     def _may_be_captured(self, x: Tensor) -> bool:
@@ -161,7 +162,9 @@ class FusedClassifier(FusedWhole):
     def _is_unchecked(self) -> bool:
         return any(module._swinfast.unchecked for module in (self.patch_embed, *self.stages))
 
-    def _compute(self, plan: ClassifierPlan, tables: tuple, x: Tensor) -> Tensor:
-        first = plan.patch_embed
-        held = [self.patch_embed._run(first.backend, first.spec, tables[0], x)]
+    def _embed(self, plan: Plan, tables: tuple, images: Tensor, out: Tensor | None) -> Tensor:
+        return self.patch_embed._run(plan.backend, plan.spec, tables[0], images, out)
+
+    def _compute(self, plan: ClassifierPlan, tables: tuple, held: list[Tensor]) -> Tensor:
+        """What comes after the patch embedding."""
         return self.forward_head(self.stages.compute(plan.stages, tables[1:-1], held.pop()))

@@ -211,8 +211,9 @@ class FusedPatchEmbed(FusedComputation):
     def _derive(self, backend, spec, traced, autocast):
         return backend.derive_patch_embed(spec, traced, autocast)
 
-    def _run(self, backend, spec, tables, x):
-        return backend.patch_embed(spec, tables, x, self._swinfast.image_scale).permute(0, 3, 1, 2)
+    def _run(self, backend, spec, tables, x, out=None):
+        out = None if out is None else out.permute(0, 2, 3, 1)
+        return backend.patch_embed(spec, tables, x, self._swinfast.image_scale, out).permute(0, 3, 1, 2)
 
     def _check(self, spec, images):
         _check_kind(images)
@@ -266,7 +267,7 @@ class FusedStage(FusedComputation):
             x,
             kind,
             reads=lambda: (self.tables(plan, kind),),
-            compute=lambda tables, x: self._run(plan.backend, plan.spec, *tables, x),
+            compute=lambda tables, held: self._run(plan.backend, plan.spec, *tables, held.pop()),
             plain=lambda: FusedComputation.fused_forward(self, plan, x),
         )
 

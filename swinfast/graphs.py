@@ -1,8 +1,9 @@
 """CUDA graphs: the dozens of launches of a module in one, where launching may take longer than computing.
 
 A graph is recorded for one signature of the input, on one stream, when it is seen for the second time; until then, and
-wherever no graph can be, the kernels are launched one by one. Input and output are copied, so a caller owns what it
-gets. A graph reads weights and tables where they lie: in-place edits are seen by the next replay.
+wherever no graph can be, the kernels are launched one by one. Output is copied, so a caller owns what it gets. Input is
+copied, too; for a large one the first step is launched by itself, from where the input lies into the graph's memory. A
+graph reads weights and tables where they lie: in-place edits are seen by the next replay.
 """
 
 import gc
@@ -27,6 +28,7 @@ KEPT = 8  # graphs of one module; the one that was not used for the longest is d
 REMEMBERED = 64  # signatures seen once
 MUCH_ROOM = 128 << 20
 MORE_ROOM = 1.5  # times what a pool was asked for: for less, a larger graph takes what it has and some tensors more
+LARGE_INPUT = 32 << 20  # bytes, to copy which takes more memory and time than a launch is worth
 LIBRARY_ROOM = 64 << 20  # for what cuBLAS works in, which a first capture on a stream gives a place among its tensors
 LIBRARY_SETTINGS = (  # by which cuBLAS chooses how to multiply, besides the one of TF32
     torch._C._get_cublas_allow_fp16_accumulation,
@@ -39,22 +41,48 @@ _capturing = threading.Lock()  # one capture at a time
 _turns: dict[tuple[torch.device, int], threading.Lock] = {}
 
 
+ALIGNED = 16  # bytes, by which Triton tells pointers apart
+Compute = Callable[[tuple, list[Tensor]], Tensor]
+First = Callable[[tuple, Tensor, Tensor | None], Tensor]
+
+
 class Graph(NamedTuple):
     """A captured computation.
 
     Attributes:
-        replay: Computes output from what is in input.
-        input, output: Its own, the same at every replay.
+        load: Puts an input where a replay finds it.
+        replay: Computes output from what was loaded.
+        output: Its own, the same at every replay.
         reads: What else it reads; kept alive with it.
         memory: The tensors of reads under other names: a parameter can be given other memory, and a replay still reads
             the old.
     """
 
+    load: Callable[[Tensor], object]
     replay: Callable[[], None]
-    input: Tensor
     output: Tensor
     reads: tuple
     memory: tuple[Tensor, ...]
+
+
+class Place(NamedTuple):
+    """Where a tensor was that was given back: what is captured puts others there, after they have read it."""
+
+    address: int
+    bytes: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Place":
+        return cls(x.data_ptr(), x.nbytes, x.shape, x.stride(), x.dtype, x.device)
+
+    def tensor(self) -> Tensor:
+        """That memory as a tensor, which keeps nothing alive."""
+        storage = torch._C._construct_storage_from_data_pointer(self.address, self.device, self.bytes)
+        return torch.empty(0, dtype=self.dtype, device=self.device).set_(storage, 0, self.shape, self.strides)
 
 
 class Graphs:
@@ -81,26 +109,28 @@ class Graphs:
         x: Tensor,
         kind: Hashable,
         reads: Callable[[], tuple],
-        compute: Callable[[tuple, Tensor], Tensor],
+        compute: Compute,
         plain: Callable[[], Tensor],
+        first: First | None = None,
     ) -> Tensor:
-        """compute(reads(), x) by a graph, or plain() where there is none yet.
+        """compute(reads(), [x]) by a graph, or plain() where there is none yet.
 
         Args:
             x: [B, C, H, W], any strides.
             kind: What the launches depend on besides the input's signature.
             reads: What compute reads; a graph is valid for as long as they are the same objects.
-            compute: What is captured.
+            compute: What is captured. It takes its input out of the list, so that it can free it.
             plain: The same without a graph.
+            first: The step before compute, where there is one, into the last argument if that is a tensor.
         """
         stream, key = _signature(x, kind)
         with self._lock:
             if key in self._graphs or key in self._seen:
                 tables = reads()
-                graph = self._find(key, tables) or self._capture(key, x, tables, compute)
+                graph = self._find(key, tables) or self._capture(key, x, tables, compute, first)
                 if graph is not None:
                     with _turns.setdefault(stream, threading.Lock()):
-                        graph.input.copy_(x)
+                        graph.load(x)
                         graph.replay()
                         return graph.output.clone()
         out = plain()
@@ -131,7 +161,7 @@ class Graphs:
             if graph is None:
                 return None
             before = made()
-            graph.input.copy_(x)
+            graph.load(x)
             graph.replay()
             if not holds() or self._find(key, reads()) is not graph:
                 return None
@@ -148,20 +178,17 @@ class Graphs:
             self._graphs.move_to_end(key)
         return graph
 
-    def _capture(
-        self, key: Hashable, x: Tensor, reads: tuple, compute: Callable[[tuple, Tensor], Tensor]
-    ) -> Graph | None:
+    def _capture(self, key: Hashable, x: Tensor, reads: tuple, compute: Compute, first: First | None) -> Graph | None:
         if self.failure is not None and x.numel() >= self._too_large:
             return None
         while len(self._graphs) >= KEPT:
             self._graphs.popitem(last=False)
         try:
             with torch.inference_mode(False), torch.no_grad(), _capturing:
-                static = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=self._memory_format)
-                static.copy_(x)
-                with LiveBytes() as live:
-                    compute(reads, static)  # compiles and loads what this input needs: neither may happen in a capture
-                replay, output = capture(lambda: compute(reads, static), x.device, live.peak)
+                if first is not None and x.nbytes >= LARGE_INPUT:
+                    captured = _after_first(x, reads, compute, first)
+                else:
+                    captured = self._with_input(x, reads, compute, first)
         except Exception as error:
             self.failure = in_a_line(error)
             no_memory = is_out_of_memory(error)
@@ -170,8 +197,45 @@ class Graphs:
             warnings.warn(f"no CUDA graph {which}, since capturing one failed: {self.failure}", stacklevel=2)
             return None
         memory = tuple(leaf.detach() for leaf in tree_leaves(reads) if isinstance(leaf, Tensor))
-        self._graphs[key] = Graph(replay, static, output, reads, memory)
+        self._graphs[key] = Graph(*captured, reads, memory)
         return self._graphs[key]
+
+    def _with_input(self, x: Tensor, reads: tuple, compute: Compute, first: First | None) -> tuple:
+        """(load, replay, output) of all that is computed, from a copy of the input."""
+        static = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=self._memory_format)
+        static.copy_(x)
+
+        def whole() -> Tensor:
+            return compute(reads, [static if first is None else first(reads, static, None)])
+
+        with LiveBytes() as live:
+            whole()  # compiles and loads what this input needs: neither may happen in a capture
+        return static.copy_, *capture(whole, x.device, live.peak)
+
+
+def _after_first(x: Tensor, reads: tuple, compute: Compute, first: First) -> tuple:
+    """(load, replay, output) of what is computed after the first step, of which load is that step."""
+    with LiveBytes() as live:  # as in _with_input
+        held = [first(reads, _as_launched(x), None)]
+        like = Place.of(held[0])
+        compute(reads, held)
+    places = []
+
+    def rest() -> Tensor:
+        held = [torch.empty_strided(like.shape, like.strides, dtype=like.dtype, device=like.device)]
+        places.append(Place.of(held[0]))
+        return compute(reads, held)
+
+    replay, output = capture(rest, x.device, live.peak)
+    into = places[0].tensor()
+    return lambda x: first(reads, _as_launched(x), into), replay, output
+
+
+def _as_launched(x: Tensor) -> Tensor:
+    """A tensor whose launch needs nothing to be compiled: all that have a graph in common are alike in strides and
+    alignment."""
+    x = x.contiguous()
+    return x if x.data_ptr() % ALIGNED == 0 else x.clone()
 
 
 def _signature(x: Tensor, kind: Hashable) -> tuple[tuple[torch.device, int], Hashable]:

@@ -104,7 +104,7 @@ class FusedStages(FusedWhole):
                 x,
                 kind,
                 reads=lambda: self.tables(plan, kind),
-                compute=partial(self.compute, plan),
+                compute=lambda tables, held: self.compute(plan, tables, held.pop()),
                 plain=partial(self._without_graph, plan, x),
             )
         return self._without_graph(plan, x)

@@ -91,9 +91,14 @@ def derive_patch_embed(spec: PatchEmbedSpec, traced: bool, autocast: torch.dtype
 
 
 def patch_embed(
-    spec: PatchEmbedSpec, tables: PatchEmbedTables, images: Tensor, image_scale: ImageScale | None
+    spec: PatchEmbedSpec,
+    tables: PatchEmbedTables,
+    images: Tensor,
+    image_scale: ImageScale | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Images [B, in_chans, H, W] to tokens [B, H / ph, W / pw, C]: one permuted copy and one matrix product."""
+    """Images [B, in_chans, H, W] to tokens [B, H / ph, W / pw, C], out where it is given: one permuted copy and one
+    matrix product."""
     ph, pw = spec.proj.kernel_size
     shape = images.shape[0], images.shape[2] // ph, images.shape[3] // pw, spec.proj.out_channels
     dtype = spec.proj.weight.dtype
@@ -105,7 +110,8 @@ def patch_embed(
         return x.to(tables.given) if out is None else out.copy_(x)
 
     # four times as many as in a stage: nothing is as large in here as what an MLP hides
-    return _in_parts(compute, tables, images, shape, tables.given, 4 * CPU_PART)
+    made = _in_parts(compute, tables, images, shape, tables.given, 4 * CPU_PART)
+    return made if out is None else out.copy_(made)
 
 
 def _patches(images: Tensor, patch: Size, tables: PatchEmbedTables) -> Tensor:

@@ -16,6 +16,7 @@ from .kernels.launch import DTYPES, INTERPRETED, arch_of, precision_name
 from .kernels.norm_residual import LARGEST_CHANNELS
 from .kernels.patch_embed import IMAGE_DTYPES
 from .kernels.patch_embed import patch_embed as embed
+from .kernels.patch_embed import patch_embed_into as embed_into
 from .kernels.stages import Block, Linear, Merge, Norm, bias_table, forms_of, run_blocks, run_merge
 from .kernels.window_attention import LARGEST_HEAD_DIM, LARGEST_WINDOW
 from .specs import BlockSpec, ImageScale, MergeSpec, PatchEmbedSpec, StageSpec
@@ -79,16 +80,21 @@ def derive_patch_embed(spec: PatchEmbedSpec, traced: bool, autocast: torch.dtype
 
 
 def patch_embed(
-    spec: PatchEmbedSpec, tables: PatchEmbedTables, images: Tensor, image_scale: ImageScale | None
+    spec: PatchEmbedSpec,
+    tables: PatchEmbedTables,
+    images: Tensor,
+    image_scale: ImageScale | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Images [B, in_chans, H, W] of any strides and dtype to tokens [B, H / ph, W / pw, C]."""
+    """Images [B, in_chans, H, W] of any strides and dtype to tokens [B, H / ph, W / pw, C], out where it is given."""
     scale = shift = None
     if images.dtype == torch.uint8:
         scale, shift = _scale_and_shift(image_scale, images.device)
     elif images.dtype not in IMAGE_DTYPES:
         images = images.to(tables.weight.dtype)
     with without_autocast(images.device):
-        return embed(images, tables.weight, tables.bias, *(tables.norm or (None, None, 1e-5)), scale, shift)
+        arguments = images, tables.weight, tables.bias, *(tables.norm or (None, None, 1e-5)), scale, shift
+        return embed(*arguments) if out is None else embed_into(out, *arguments)
 
 
 @constant

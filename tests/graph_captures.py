@@ -48,15 +48,22 @@ def edit(either):
             parameter[: (len(parameter) + 1) // 2].add_(0.2)
 
 
+EMPTY = torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided
+
+
 class Tape(TorchDispatchMode):
     """Records operators with the memory that they read and wrote, and computes the same on it again, as a GPU would."""
 
     def __init__(self):
         super().__init__()
         self.operators: list[tuple] = []
+        self.kept: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in EMPTY:  # no work for a GPU: it keeps what was put there
+            self.kept.append(out.detach())
+            return out
         inputs = tree_map(lambda one: one.detach() if isinstance(one, torch.Tensor) else one, (args, kwargs or {}))
         self.operators.append((func, *inputs, [one.detach() for one in _tensors(out)]))
         return out

@@ -13,6 +13,7 @@ from helpers import make, random_images, randomise, relative_rms
 from torch import nn
 
 import swinfast
+from swinfast import graphs
 from swinfast.calls import kind_of
 from swinfast.classifier import FusedClassifier
 from swinfast.memory import LiveBytes
@@ -31,6 +32,14 @@ def spans_all(fast) -> bool:
     plans = fast._swinfast.plan, fast.stages._swinfast.plan
     whole, stages = (len(plan.graphs) if plan is not None else 0 for plan in plans)
     return whole > 0 and not stages
+
+
+@pytest.fixture(params=[False, True], ids=["copied", "embedded"])
+def captures(captures, monkeypatch, request):
+    """With images as large as those of which no copy is kept, too: their patches are embedded into a graph's memory."""
+    if request.param:
+        monkeypatch.setattr(graphs, "LARGE_INPUT", 0)
+    return captures
 
 
 @pytest.mark.parametrize("source", ["timm", "reference"])
@@ -52,8 +61,39 @@ def test_a_capture_is_told_how_much_memory_it_takes(model, captures):
     plan, x = fast.plan(), images()
     tables = fast.tables(plan, kind_of(x))
     with torch.no_grad(), LiveBytes() as live:
-        fast._compute(plan, tables, x)
+        fast._compute(plan, tables, [fast._embed(plan.patch_embed, tables, x, None)])
     assert captures.room == live.peak > 0
+
+
+def test_images_lie_anywhere(model, captures):
+    """Of any strides and alignment, in memory that a caller goes on with; all have one graph."""
+    fast, x = warmed(model), images(seed=3)
+    room = torch.empty(x.numel() + 1, device=DEVICE)
+    odd = room[1:].view(x.shape).copy_(x)  # four bytes after a place that every allocation begins at
+    assert odd.data_ptr() % graphs.ALIGNED
+    wide = torch.zeros(*x.shape[:3], 2 * x.shape[3], device=DEVICE)
+    wide[..., ::2] = x
+    with torch.no_grad():
+        expected = model(x)
+    for one in (x, odd, x.to(memory_format=torch.channels_last), wide[..., ::2], x.flip(3).flip(3)):
+        before = one.clone()
+        assert relative_rms(fast(one), expected) <= 1e-5
+        assert torch.equal(one, before)
+        one.zero_()
+    assert captures.captured == 1
+
+
+def test_what_was_loaded_is_the_graphs(model, captures):
+    """A caller may overwrite images before a replay is done with them, in the order of the stream."""
+    fast = warmed(model)
+    (graph,) = fast._swinfast.plan.graphs._graphs.values()
+    x = images(seed=4)
+    with torch.no_grad():
+        expected = model(x)
+        graph.load(x)
+        x.zero_()
+        graph.replay()
+    assert relative_rms(graph.output, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("head", [*({"global_pool": pool} for pool in POOLS), {"num_classes": 0}], ids=str)

@@ -204,6 +204,27 @@ def test_graphs_after_all_others_are_gone(timm):
         del fast
 
 
+def test_no_copy_is_kept_of_large_images(timm, monkeypatch):
+    """The same to the bit, wherever they lie, in less memory."""
+    model = randomise(timm.create_model("swinv2_cr_tiny_ns_224")).eval().cuda().half()
+    images = random_images(96, 3, 224, 224).cuda().half()
+    odd = torch.empty(images.numel() + 1, device="cuda", dtype=images.dtype)[1:].view(images.shape).copy_(images)
+    outputs, held = [], []
+    for least in (images.nbytes + 1, images.nbytes):
+        monkeypatch.setattr(graphs, "LARGE_INPUT", least)
+        memory = PeakMemory(images.device)
+        fast = swinfast.optimize(model, cuda_graphs=True)
+        with torch.no_grad():
+            fast(images)
+            last = images.to(memory_format=torch.channels_last)
+            outputs += [fast(x) for x in (images, images, odd, last, images.flip(3).flip(3))]
+            assert len(fast._swinfast.plan.graphs) == 1
+            held.append(memory.of(lambda fast=fast: fast(images)))
+        del fast
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert held[1] <= held[0] - images.nbytes // 2
+
+
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_a_warm_forward_allocates_its_output_and_nothing_else(timm, cuda_graphs):
     model, images = model_and_images(timm)

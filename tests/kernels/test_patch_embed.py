@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_helpers import (
+    DEVICE,
     DTYPES,
     Draw,
     assert_empty_batch,
@@ -115,6 +116,22 @@ def test_other_dtypes_of_images_and_norm(dtype):
     check_mixed(module.patch_embed, reference, args | vectors, dtype)
 
 
+def test_into_a_tensor_that_is_there():
+    args = arguments(*CASES["tiny"])
+    args = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in args.items()}
+    expected = module.patch_embed(**args)
+    out = torch.full_like(expected, torch.nan)
+    assert module.patch_embed_into(out, **args) is out
+    assert torch.equal(out, expected)
+    for other, message in (
+        (out[:1], r"^out must have shape \[2, 4, 5, 96\], got \[1, 4, 5, 96\]$"),
+        (out.half(), "^out must be torch.float32 as the other arguments, got torch.float16$"),
+        (out.mT.contiguous().mT, "^out must be contiguous, got strides"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.patch_embed_into(other, **args)
+
+
 @each_dtype
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_extremes(dtype):
@@ -198,7 +215,7 @@ MUTANTS = {
     "edges of W not masked": ("not square, left over", tiles, "if WHOLE:", "if True:"),
     "rows not masked": ("not square, left over", module, "inside = row < rows", "inside = row < rows + 1"),
     "left over rows taken":
-        ("not square, left over", module, "images.shape[2] // patch_h", "-(-images.shape[2] // patch_h)"),
+        ("not square, left over", module, "height // patch_h", "-(-height // patch_h)"),
     "no bias": ("no norm", module, "if HAS_BIAS else", "if False else"),
     "no norm": ("tiny", module, "if NORM:", "if False:"),
     "another eps": ("tiny", tiles, "squares / C + eps", "squares / C + 1e-5"),
