@@ -166,6 +166,7 @@ class Graphs:
             if not holds() or self._find(key, reads()) is not graph:
                 return None
             if made() != before:  # into the same places, but after the GPU had read them
+                graph.load(x)  # again: where the input was, a replay puts others
                 graph.replay()
             return graph.output.clone()
 

@@ -57,23 +57,27 @@ class Tape(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operators: list[tuple] = []
-        self.kept: list[torch.Tensor] = []
+        self.empty: list[torch.Tensor] = []
+        self.loaded: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in EMPTY:  # no work for a GPU: it keeps what was put there
-            self.kept.append(out.detach())
+            self.empty.append(out.detach())
             return out
         inputs = tree_map(lambda one: one.detach() if isinstance(one, torch.Tensor) else one, (args, kwargs or {}))
         self.operators.append((func, *inputs, [one.detach() for one in _tensors(out)]))
         return out
 
     def play(self) -> None:
+        """What it is to be loaded into is overwritten in the end: a graph uses its memory again."""
         with torch.no_grad():
             for func, args, kwargs, outputs in self.operators:
                 for made, kept in zip(_tensors(func(*args, **kwargs)), outputs, strict=True):
                     if made.data_ptr() != kept.data_ptr():
                         kept.copy_(made)
+            for one in self.loaded:
+                one.fill_(torch.nan)
 
 
 def _tensors(out: object) -> list[torch.Tensor]:
@@ -99,6 +103,7 @@ class Captures:
         else:
             with Tape() as tape:
                 output = compute()
+            tape.loaded = [one for one in tape.empty if one._version == 0]  # nothing in the tape has written to it
             launch = tape.play
             output.detach().fill_(torch.nan)  # a capture computes nothing
 

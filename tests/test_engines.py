@@ -103,6 +103,7 @@ def test_pytorch_in_place_of_triton_is_not_measured_as_swinfast(plain, monkeypat
         raise RuntimeError("no C compiler\nfound")
 
     monkeypatch.setattr(backends, "PREFER_TRITON", ("cpu", "cuda"))
+    monkeypatch.setattr(triton_backend, "why_not_on", lambda device: None)  # a CPU, also beside a GPU
     for function in ("stage", "patch_embed"):
         monkeypatch.setattr(triton_backend, function, fail)
     comparison = run(plain, swinfast_engine(), eager_engine("plain"))
@@ -111,6 +112,7 @@ def test_pytorch_in_place_of_triton_is_not_measured_as_swinfast(plain, monkeypat
     assert comparison.left_out == {"swinfast": said}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="beside a GPU nothing stands in for one")
 @pytest.mark.filterwarnings("ignore:no CUDA graph:UserWarning")
 @pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("no room")])
 def test_a_graph_that_failed_is_told(plain, captures, error):

@@ -56,12 +56,13 @@ def test_auto_falls_back_to_pytorch(model, auto, monkeypatch, error):
     fast = swinfast.optimize(model)
     with pytest.warns(UserWarning, match="Triton failed, so a stage is computed without it from now on: ") as warned:
         assert relative_rms(fast(IMAGES.to(DEVICE)), model(IMAGES.to(DEVICE))) <= 1e-5
-    assert len(warned) == len(calls) == 2  # once a stage
+    together = int(DEVICE.type == "cuda")  # where stages run as one, which says nothing of the one to blame
+    assert len(warned) == len(calls) - together == 2  # once a stage
     for either in (model, fast):  # and never again, also with other weights
         layer = either.stages[1].blocks[0].mlp.fc1
         layer.weight = torch.nn.Parameter(layer.weight * 1.1, requires_grad=False)
     assert relative_rms(fast(IMAGES.to(DEVICE)), model(IMAGES.to(DEVICE))) <= 1e-5
-    assert len(calls) == 2
+    assert len(calls) - together == 2
     first_line = {"RuntimeError": "RuntimeError: no C compiler", "KeyError": "KeyError: 'sm_42'", "OSError": "OSError"}
     expected = f"(not Triton: {first_line[type(error).__name__]})"
     assert all(detail.startswith("PyTorch") and detail.endswith(expected) for detail in details(fast))

@@ -205,24 +205,25 @@ def test_graphs_after_all_others_are_gone(timm):
 
 
 def test_no_copy_is_kept_of_large_images(timm, monkeypatch):
-    """The same to the bit, wherever they lie, in less memory."""
+    """The same to the bit, wherever they lie."""
     model = randomise(timm.create_model("swinv2_cr_tiny_ns_224")).eval().cuda().half()
     images = random_images(96, 3, 224, 224).cuda().half()
     odd = torch.empty(images.numel() + 1, device="cuda", dtype=images.dtype)[1:].view(images.shape).copy_(images)
-    outputs, held = [], []
+    last = images.to(memory_format=torch.channels_last)
+    outputs, kept = [], []
     for least in (images.nbytes + 1, images.nbytes):
         monkeypatch.setattr(graphs, "LARGE_INPUT", least)
-        memory = PeakMemory(images.device)
         fast = swinfast.optimize(model, cuda_graphs=True)
         with torch.no_grad():
             fast(images)
-            last = images.to(memory_format=torch.channels_last)
-            outputs += [fast(x) for x in (images, images, odd, last, images.flip(3).flip(3))]
+            before = torch.cuda.memory_allocated()
+            outputs.append(fast(images))
+            kept.append(torch.cuda.memory_allocated() - before)
             assert len(fast._swinfast.plan.graphs) == 1
-            held.append(memory.of(lambda fast=fast: fast(images)))
+            outputs += [fast(x) for x in (images, odd, last, images.flip(3).flip(3))]
         del fast
     assert all(torch.equal(output, outputs[0]) for output in outputs)
-    assert held[1] <= held[0] - images.nbytes // 2
+    assert kept[0] >= images.nbytes > 8 * kept[1]
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])
@@ -293,10 +294,10 @@ def test_memory_of_a_graph(timm):
     model = randomise(timm.create_model("swinv2_cr_tiny_ns_224")).eval().cuda().half()
     images = torch.randn(256, 3, 224, 224, device="cuda", dtype=torch.float16)
     peaks = []
-    with torch.inference_mode():
-        for build in (copy.deepcopy, swinfast.optimize):
-            memory = PeakMemory(images.device)
-            either = build(model)
+    for build in (copy.deepcopy, swinfast.optimize):
+        memory = PeakMemory(images.device)
+        either = build(model)
+        with torch.inference_mode():
             for _ in range(3):
                 either(images)
             peaks.append(memory.of(lambda either=either: either(images)))

@@ -25,8 +25,10 @@ def load(either):
     either.load_state_dict({key: value * 1.1 for key, value in either.state_dict().items()})
 
 
+@pytest.mark.parametrize("large", [1, 1 << 40], ids=["embedded before", "copied"])
 @pytest.mark.parametrize("change", [edit, load], ids=lambda change: change.__name__)
-def test_a_graph_stays_valid_when_weights_change_in_place(model, captures, change):
+def test_a_graph_stays_valid_when_weights_change_in_place(model, captures, change, large, monkeypatch):
+    monkeypatch.setattr(graphs, "LARGE_INPUT", large)
     fast = optimised(model, "triton")
     before = [fast(images()) for _ in range(3)][-1]
     for either in (model, fast):

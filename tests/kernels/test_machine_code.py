@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+from kernel_helpers import DEVICE
 from swinfast.kernels import machine_code
 from swinfast.kernels.configs import Config
 from swinfast.kernels.launch import launch
@@ -179,12 +180,12 @@ def test_somebody_elses_listener(monkeypatch, tmp_path):
     monkeypatch.setattr(compilation, "listener", None)
     monkeypatch.setattr(machine_code, "look_into", lambda *_: f"/*0110*/ {BAD['an address in itself']} ;")
     kernel, config = Kernel(None, None, None), Config({}, 4, 1, "a test")
-    launch(kernel, 1, torch.zeros(1), config=config)
+    launch(kernel, 1, torch.zeros(1, device=DEVICE), config=config)
     ours = compilation.listener
-    launch(kernel, 1, torch.zeros(1), config=config)
+    launch(kernel, 1, torch.zeros(1, device=DEVICE), config=config)
     assert compilation.listener is ours is not None
     compilation.listener = lambda **what: told.append(what)
-    launch(kernel, 1, torch.zeros(1), config=config)
+    launch(kernel, 1, torch.zeros(1, device=DEVICE), config=config)
     with pytest.raises(Miscompiled):
         compilation.listener(**Compiled(tmp_path).told)
     assert len(told) == 1
@@ -227,7 +228,7 @@ class Kernel:
 
 def test_a_launch_compiles_again(monkeypatch):
     monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
-    bad, x, config = Miscompiled("wrong"), torch.zeros(1), Config({"BLOCK": 2}, 4, 1, "a test")
+    bad, x, config = Miscompiled("wrong"), torch.zeros(1, device=DEVICE), Config({"BLOCK": 2}, 4, 1, "a test")
     kernel = Kernel(bad, "well", "well")
     for _ in range(2):
         launch(kernel, 1, x, 7, config=config, BLOCK=2)
@@ -265,7 +266,7 @@ def test_threads_that_compile_again_leave_all_as_it_was(monkeypatch):
 
 def test_a_launch_is_refused_where_both_compilers_are_wrong():
     with pytest.raises(Miscompiled, match="again"):
-        launch(Kernel(Miscompiled("wrong"), Miscompiled("again")), 1, torch.zeros(1), config=Config({}, 4, 1, "a test"))
+        launch(Kernel(Miscompiled("wrong"), Miscompiled("again")), 1, torch.zeros(1, device=DEVICE), config=Config({}, 4, 1, "a test"))
     assert not triton.knobs.compilation.always_compile
 
 
