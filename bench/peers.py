@@ -30,16 +30,19 @@ def engines_named(keys: Sequence[str], model: str, device: torch.device) -> list
         "sdpa-compile": lambda: Engine(
             "SDPA form, compiled", compiler_of(sdpa_form, mode), shares_pool=mode is not None
         ),
-        "vit": lambda: vit_engine(device, mode),
+        "vit": lambda: vit_engine(device),
     }
     wanted = [key for key in ENGINES if key in keys and (key != "vit" or model in EQUAL_TO_VIT)]
     return [makers[key]() for key in wanted]
 
 
-def vit_engine(device: torch.device, mode: str | None) -> Engine:
-    """A compiled ViT-S/16, whose answers are held to its own float64."""
+def vit_engine(device: torch.device) -> Engine:
+    """A compiled ViT-S/16, whose answers are held to its own float64.
+
+    By torch.compile's default mode: max-autotune lost a GPU's context in it (docs/benchmarks.md).
+    """
     plain = randomise(import_timm().create_model(VIT)).eval().to(device)
-    return compiled_engine("timm", mode)._replace(model=VIT, plain=plain)
+    return compiled_engine("timm")._replace(model=VIT, plain=plain)
 
 
 def sdpa_form(plain: nn.Module, dtype: torch.dtype) -> nn.Module:
