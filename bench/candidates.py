@@ -18,8 +18,8 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "norm_residual": {"BLOCK_M": (1, 2, 4, 8, 16, 32), "num_warps": (1, 2, 4, 8, 16), "num_stages": (1,)},
     "mlp_block": {
-        "BLOCK_M": (16, 32, 64, 128, 256), "BLOCK_HIDDEN": (16, 32, 64, 128), "AHEAD": (0, 1, 2), "PER_UNIT": (0, 1),
-        "num_warps": (4, 8, 16), "num_stages": (1, 2, 3),
+        "BLOCK_M": (16, 32, 64, 128), "BLOCK_HIDDEN": (16, 32, 64, 128), "AHEAD": (0, 1, 2), "num_warps": (4, 8, 16),
+        "num_stages": (1, 2, 3),
     },
     "patch_embed": {
         "BLOCK_M": (16, 32, 64, 128, 256), "BLOCK_K": (16, 32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3),
@@ -29,7 +29,7 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (16, 32, 64, 128), "IMAGES": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8),
         "num_stages": (1, 2, 3),
     },
-    "attention_block": {"IMAGES": (1, 4, 16), "num_warps": (4, 8, 16), "num_stages": (1, 2, 3)},
+    "attention_block": {"num_warps": (4, 8, 16), "num_stages": (1, 2, 3)},
     "attention_parts": {
         "BLOCK_K": (16, 32, 64, 128, 256), "BLOCK_N": (32, 64, 128, 256), "num_warps": (4, 8),
         "num_stages": (1, 2, 3, 4),
@@ -43,6 +43,13 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
 LAUNCH = ("num_warps", "num_stages")
 REGISTERS = {4: (96, 128, 168), 8: (80, 128)}  # limits, by a program's warps: each makes room for one more program
 LIBRARY = Config({"use": "library"}, 4, 1, "a candidate")  # of linear
+WARPGROUPS = {  # where all weights can be held: blocks and warps
+    "mlp_block": (
+        *(({}, warps) for warps in (16, 8)),
+        *(({"CHUNK": chunk, "WIDE": wide}, 8) for chunk in (64, 128) for wide in (64, 128)),
+    ),
+    "attention_block": (({}, 4), ({"JOINED": 1}, 4)),
+}
 # which hold rows of channels: in three tiles or in one
 IN_TILES = ("attention_block", "linear_norm_residual", "mlp_block", "norm_residual")
 FEW_REGISTERS = ("norm_residual", "merge_norm")
@@ -57,7 +64,6 @@ AROUND = {
     "norm_residual": Config({"BLOCK_M": 1}, 2, 1, ""),
     "merge_norm": Config({"BLOCK_M": 1}, 4, 1, ""),
 }
-HELD = Config({"BLOCK_M": 256, "BLOCK_HIDDEN": 64, "PER_UNIT": 1}, 16, 1, "")  # of mlp_block with its weights held
 WASTE = 1.34  # columns computed over columns wanted
 PER_THREAD = (4, 256)  # float32 sums that a thread keeps; of parts, of which it loads many for each, one is enough
 
@@ -92,13 +98,14 @@ def candidates(
         center = Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3, "")
     found += [one for one in _with_options(kernel, present, arch) if plausible(kernel, sizes, precision, one, arch)]
 
-    def distance(one: Config) -> float:
-        holds = kernel == "mlp_block" and "PER_UNIT" in one.blocks and "PER_UNIT" not in center.blocks
-        return 1 + _distance(one, HELD) if holds else _distance(one, center)
-
-    found = sorted({tile(one): one for one in found}.values(), key=distance)
-    library = [LIBRARY] if kernel == "linear" and "use" not in present.blocks else []
-    return [present, *library, *found[: most - len(library)]]
+    found = sorted({tile(one): one for one in found}.values(), key=lambda one: _distance(one, center))
+    others = [LIBRARY] if kernel == "linear" else []
+    if sizes.get("held"):
+        others = [
+            Config({"use": "warpgroups"} | blocks, warps, 1, "a candidate") for blocks, warps in WARPGROUPS[kernel]
+        ]
+    others = [one for one in others if one[:3] != present[:3]]
+    return [present, *others, *found[: most - len(others)]]
 
 
 def _with_options(kernel: str, present: Config, arch: str) -> list[Config]:
@@ -143,8 +150,6 @@ def plausible(kernel: str, sizes: dict[str, int], precision: str, candidate: Con
         width = _width(candidate, sizes["channels"]) * (4 if kernel == "merge_norm" else 1)
     if blocks["BLOCK_M"] > max(16, sizes.get("rows", MANY)):
         return False
-    if kernel == "mlp_block" and (blocks["BLOCK_M"] > 128 or "PER_UNIT" in blocks):
-        return _can_hold(sizes, precision, candidate, arch)
     if "n" in sizes and -(-sizes["n"] // width) * width > WASTE * max(sizes["n"], 64):
         return False
     fewest = 1 if sizes.get("in_parts") else PER_THREAD[0]
@@ -155,19 +160,6 @@ def plausible(kernel: str, sizes: dict[str, int], precision: str, candidate: Con
     depth = blocks.get("BLOCK_K") or blocks["BLOCK_HIDDEN"]
     stage_bytes = (blocks["BLOCK_M"] + width) * depth * PRECISIONS[precision].itemsize
     return stage_bytes * candidate.num_stages <= ARCHS[arch].shared_per_program if arch in ARCHS else True
-
-
-def _can_hold(sizes: dict[str, int], precision: str, candidate: Config, arch: str) -> bool:
-    """Whether mlp_block's programs stay, each with warps for 16 or 32 rows, and with all weights in shared memory."""
-    blocks, numbers = candidate.blocks, _width(candidate, sizes["channels"])
-    if arch != "sm_90" or "PER_UNIT" not in blocks:  # elsewhere too little shared memory, or tensor memory for the sums
-        return False
-    if {"AHEAD", "TILE"} & blocks.keys() or sizes["stream_bytes"] != 2:
-        return False
-    if candidate.num_warps < 8 or blocks["BLOCK_M"] // candidate.num_warps not in (16, 32):
-        return False
-    numbers *= 8 * sizes["channels"] + blocks["BLOCK_M"] * candidate.num_stages  # a hidden layer of four times C
-    return numbers * PRECISIONS[precision].itemsize <= ARCHS[arch].shared_per_program
 
 
 def _width(candidate: Config, channels: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from swinfast.kernels.configs import forget, matches
 
 FORMS = ("attention_half", "projection", "mlp_half", "mlp_output")
-ANY = {"stream_bytes": (2, 4), "gelu": (0, 1), "in_parts": (0, 1)}  # sizes that have few values
+ANY = {"stream_bytes": (2, 4), "gelu": (0, 1), "in_parts": (0, 1), "held": (0, 1)}  # sizes that have few values
 FAR = (1, 10**9)  # beyond what any row names
 
 Row = dict

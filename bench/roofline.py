@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from swinfast.kernels.gate import Job, job_of
 from swinfast.kernels.launch import Launch, record
+from swinfast.kernels.warpgroups import RUN
 from tabulate import tabulate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,8 +69,12 @@ def launches_of(name: str, batch: int, dtype: torch.dtype, arch: str) -> list[La
 
 
 def kernel_of(launch: Launch) -> str:
-    """The module of a launch's kernel. What PyTorch's library computes are the products of linear."""
-    return launch.kernel.fn.__module__.rpartition(".")[2] if launch.kernel else "linear"
+    """The operation that a launch computes, after which the module of its kernel is named.
+
+    What PyTorch's library computes are the products of linear.
+    """
+    module = launch.kernel.fn.__module__.rpartition(".")[2] if launch.kernel else "linear"
+    return module.replace("_warpgroups", "_block")
 
 
 def predict(launches: Sequence[Launch], precision: str, gpu: Gpu) -> list[Row]:
@@ -102,11 +107,11 @@ def flops_of(launch: Launch, kernel: str) -> float:
         return 4.0 * size["rows"] * size["C"] * size["HIDDEN"]
     if kernel not in ATTENTION:
         return 2.0 * size["rows"] * size.get("N", size.get("C")) * size["K"]
-    tokens, channels = size["WINDOW_H"] * size["WINDOW_W"], size["HEADS"] * size["HEAD_DIM"]
+    tokens, channels = size["WINDOW_H"] * size["WINDOW_W"], size["HEADS"] * size.get("HEAD_DIM", RUN)
     if kernel in ("attention_parts", "qkv_attention"):  # a program a window and head
         windows = launch.programs // size["HEADS"]
     else:
-        windows = size["images"] * size["windows_h"] * size["windows_w"]
+        windows = len(launch.args[0]) * size["windows_h"] * size["windows_w"]
     return windows * (2.0 * ATTENTION[kernel] * tokens * channels * channels + 4.0 * tokens * tokens * channels)
 
 

@@ -24,7 +24,7 @@ def trips(job: Job) -> list[int]:
     """How often each loop of a kernel runs, in the order of their ends: an inner loop before the one around it."""
     size = job.named
     if job.kernel == "attention_block":
-        return [size["HEADS"] if size["IMAGES"] == 1 else size["IMAGES"]]
+        return [size["HEADS"]]
     if job.kernel == "window_attention":
         blocks = (size["KEYS"] - size["TAIL"]) // size["BLOCK_N"]
         return [blocks - 1] * (blocks > 2) + [size["IMAGES"]] * (size["IMAGES"] > 1)

@@ -5,7 +5,7 @@
 One program computes one window from end to end: q, k and v of one head at a time, its attention, and its share of the
 projection's sums, so nothing but x and y touches memory. q and k are one product, get their lengths before they are
 rounded, and logits are summed on top of the biases. That is for windows of at most 64 tokens and few channels; for
-others linear, window_attention and linear_norm_residual.
+others linear, window_attention and linear_norm_residual. Where the tables say so, attention_warpgroups computes it.
 Definition: reference.ops.attention_block. Source: as window_attention.
 """
 
@@ -14,15 +14,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import cdiv, config, row_tiles
-from .launch import arch_of, check, check_rows, check_vectors, check_weight, launch, operator, precision, precision_name
+from .attention_warpgroups import PER_UNIT, attention_kernel, fits
+from .configs import at_most, config, row_tiles
+from .launch import (
+    arch_of,
+    check,
+    check_rows,
+    check_vectors,
+    check_weight,
+    launch,
+    operator,
+    precision,
+    precision_name,
+    units,
+)
 from .tiles import add_rows, begin, dot, layer_norm, load_rows, load_transposed, store_rows, vector_rows
+from .warpgroups import has_warpgroups
 from .windows import (
     arranged_bias,
     check_table,
     check_window,
     grid_and_constants,
-    images_at_once,
     in_threads,
     slots,
     softmax,
@@ -32,7 +44,7 @@ from .windows import (
 )
 
 
-@triton.jit(do_not_specialize=["height", "width", "windows_h", "windows_w", "images"])
+@triton.jit(do_not_specialize=["height", "width", "windows_h", "windows_w"])
 def _attention_block_kernel(
     x,  # [B, H, W, C]
     qkv_weight,  # [3C, C]
@@ -48,7 +60,6 @@ def _attention_block_kernel(
     width,
     windows_h,
     windows_w,
-    images,
     eps,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -62,7 +73,6 @@ def _attention_block_kernel(
     TILE: tl.constexpr,
     COUNT: tl.constexpr,
     PRECISION: tl.constexpr,
-    IMAGES: tl.constexpr,
     OVERLAPPED: tl.constexpr = False,
 ):
     begin(OVERLAPPED)
@@ -70,16 +80,15 @@ def _attention_block_kernel(
     place = tl.program_id(0) % (windows_h * windows_w)
     window_column = place % windows_w
     window_row = place // windows_w
-    # the same window of several images: where its tokens lie is found once
-    first_image = tl.program_id(0) // (windows_h * windows_w) * IMAGES
+    image = tl.program_id(0) // (windows_h * windows_w)
     i = tl.arange(0, SLOTS)
     token, inside = window_tokens(
         i, window_row, window_column, height, width, WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, PADDED
     )
     offset = token.to(tl.int64) * C
-    pixels = height.to(tl.int64) * width
-    x += first_image * pixels * C
-    out += first_image * pixels * C
+    first = image * height.to(tl.int64) * width * C
+    x += first
+    out += first
     if SHIFT_H > 0 or SHIFT_W > 0:
         table += window_type(window_row, window_column, windows_h, windows_w) * (HEADS * SLOTS * SLOTS)
 
@@ -88,47 +97,24 @@ def _attention_block_kernel(
     # the first head's rows of the weights: of q and k, and of v; past their end where a head has no such channel
     qk_rows = tl.where(two % BLOCK_D < HEAD_DIM, two // BLOCK_D * C + two % BLOCK_D, 3 * C)
     v_rows = tl.where(d < HEAD_DIM, 2 * C + d, 3 * C)
-    if IMAGES == 1:
-        tiles = load_rows(x + offset, inside, C, TILE, COUNT)  # padded tokens are zero
-        acc = vector_rows(proj_bias, SLOTS, C, TILE, COUNT)
-        for head in range(0, HEADS):
-            acc = _add_head(
-                acc, tiles, (), head, qk_rows, v_rows, qkv_weight, qkv_bias, logit_scale, table, proj_weight,
-                HEADS, HEAD_DIM, TILE, COUNT, PRECISION,
-            )  # fmt: skip
-        acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
-        acc = add_rows(acc, load_rows(x + offset, inside, C, TILE, COUNT, True), COUNT)
-        store_rows(out + offset, acc, inside, C, TILE, COUNT)
-    else:
-        held = ()  # in shared memory: there the compiler puts what products in a loop take from outside it
-        for head in tl.static_range(HEADS):
-            first = head * HEAD_DIM
-            qk_weight = _qkv_weights(qkv_weight, first + qk_rows, C, TILE, COUNT, HEAD_DIM == BLOCK_D)
-            v_weight = _qkv_weights(qkv_weight, first + v_rows, C, TILE, COUNT, HEAD_DIM == BLOCK_D)
-            w = _proj_weights(proj_weight, head, HEADS, HEAD_DIM, BLOCK_D, TILE, COUNT)
-            held = held + ((qk_weight, v_weight, w),)
-        for image in range(0, IMAGES):
-            there = inside & (first_image + image < images)
-            tiles = load_rows(x + offset, there, C, TILE, COUNT)
-            acc = vector_rows(proj_bias, SLOTS, C, TILE, COUNT)
-            for head in tl.static_range(HEADS):
-                acc = _add_head(
-                    acc, tiles, held[head], head, qk_rows, v_rows, qkv_weight, qkv_bias, logit_scale, table,
-                    proj_weight, HEADS, HEAD_DIM, TILE, COUNT, PRECISION,
-                )  # fmt: skip
-            acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
-            acc = add_rows(acc, load_rows(x + offset, there, C, TILE, COUNT, True), COUNT)
-            store_rows(out + offset, acc, there, C, TILE, COUNT)
-            x += pixels * C
-            out += pixels * C
+    tiles = load_rows(x + offset, inside, C, TILE, COUNT)  # padded tokens are zero
+    acc = vector_rows(proj_bias, SLOTS, C, TILE, COUNT)
+    for head in range(0, HEADS):
+        acc = _add_head(
+            acc, tiles, head, qk_rows, v_rows, qkv_weight, qkv_bias, logit_scale, table, proj_weight,
+            HEADS, HEAD_DIM, TILE, COUNT, PRECISION,
+        )  # fmt: skip
+    acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
+    acc = add_rows(acc, load_rows(x + offset, inside, C, TILE, COUNT, True), COUNT)
+    store_rows(out + offset, acc, inside, C, TILE, COUNT)
 
 
 @triton.jit
 def _add_head(
-    acc, tiles, held, head, qk_rows, v_rows, qkv_weight, qkv_bias, logit_scale, table, proj_weight,
+    acc, tiles, head, qk_rows, v_rows, qkv_weight, qkv_bias, logit_scale, table, proj_weight,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc with one head's share of the projection's sums; held: the head's weights, or () where it is to load them."""
+    """acc with one head's share of the projection's sums."""
     C: tl.constexpr = HEADS * HEAD_DIM
     SLOTS: tl.constexpr = acc[0].shape[0]
     BLOCK_D: tl.constexpr = v_rows.shape[0]
@@ -139,7 +125,7 @@ def _add_head(
     else:
         qk_bias = tl.load(qkv_bias + n, mask=n < 3 * C, other=0.0).to(tl.float32)
     qk = tl.broadcast_to(qk_bias[None, :], (SLOTS, 2 * BLOCK_D))
-    weights = held[0] if len(held) else _qkv_weights(qkv_weight, n, C, TILE, COUNT, HEAD_DIM == BLOCK_D)
+    weights = _qkv_weights(qkv_weight, n, C, TILE, COUNT, HEAD_DIM == BLOCK_D)
     for t in tl.static_range(COUNT):
         qk = dot(tiles[t].to(dtype), weights[t], qk, PRECISION)
     q, k = unit_q_and_k(qk, tl.load(logit_scale + head), dtype)
@@ -147,7 +133,7 @@ def _add_head(
     # v comes after the softmax, where it takes the shared memory of k; channels past the head's meet zeros below
     v = tl.zeros((SLOTS, BLOCK_D), tl.float32)
     n = head * HEAD_DIM + v_rows
-    weights = held[1] if len(held) else _qkv_weights(qkv_weight, n, C, TILE, COUNT, HEAD_DIM == BLOCK_D)
+    weights = _qkv_weights(qkv_weight, n, C, TILE, COUNT, HEAD_DIM == BLOCK_D)
     for t in tl.static_range(COUNT):
         v = dot(tiles[t].to(dtype), weights[t], v, PRECISION)
     v_bias = tl.load(qkv_bias + n, mask=n < 3 * C, other=0.0)
@@ -155,7 +141,7 @@ def _add_head(
     # what the keys count for sums up to one, so the bias of each v is that of the sum
     attended = attended * share[:, None] + v_bias.to(tl.float32)[None, :]
     attended = attended.to(dtype)
-    weights = held[2] if len(held) else _proj_weights(proj_weight, head, HEADS, HEAD_DIM, BLOCK_D, TILE, COUNT)
+    weights = _proj_weights(proj_weight, head, HEADS, HEAD_DIM, BLOCK_D, TILE, COUNT)
     summed = ()
     for t in tl.static_range(COUNT):
         summed = summed + (dot(attended, weights[t], acc[t], PRECISION),)
@@ -244,18 +230,30 @@ def attention_block(
         channels=channels,
         tokens=size,
         stream_bytes=x.element_size(),
+        rows=at_most(batch * height * width),
+        held=int(fits(channels, heads, size) and has_warpgroups(x.device, x, qkv_weight)),
     )
     out = torch.empty_like(x)
     (windows_h, windows_w), constants = grid_and_constants(x, heads, channels // heads, window_size, shift_size)
-    images = images_at_once(chosen.blocks.get("IMAGES", 1), batch, windows_h * windows_w)
+    windows = batch * windows_h * windows_w
+    arguments = (
+        *(x, qkv_weight, qkv_bias, logit_scale, table, proj_weight, proj_bias, norm_weight, norm_bias, out),
+        *(height, width, windows_h, windows_w),
+    )
+    if chosen.blocks.get("use") == "warpgroups":
+        for name in ("HEAD_DIM", "BLOCK_D"):
+            del constants[name]
+        programs = min(windows, PER_UNIT * units(x.device))
+        launch(attention_kernel, programs, *arguments, batch, eps, config=chosen, **constants | chosen.sizes)
+        return out
     launch(
         _attention_block_kernel,
-        cdiv(batch, images) * windows_h * windows_w,
-        *(x, qkv_weight, qkv_bias, logit_scale, table, proj_weight, proj_bias, norm_weight, norm_bias, out),
-        *(height, width, windows_h, windows_w, batch, eps),
+        windows,
+        *arguments,
+        eps,
         SLOTS=size,
         PRECISION=precision(qkv_weight.dtype),
         config=chosen,
-        **constants | chosen.blocks | row_tiles(chosen, channels) | {"IMAGES": images},
+        **constants | chosen.blocks | row_tiles(chosen, channels),
     )
     return out

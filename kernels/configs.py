@@ -20,9 +20,10 @@ class Config(NamedTuple):
     """One choice.
 
     Attributes:
-        blocks: Tile sizes by the names of the kernel's constexprs; for a form, which kernel ("use"). "maxnreg" limits
-            the registers of a thread, so that more programs fit a multiprocessor. "OVERLAPPED" lets the kernel be
-            started before the one before it is done: GPUs of compute capability 9.0 and newer can.
+        blocks: Tile sizes by the names of the kernel's constexprs; for a form, or where an operation has several, which
+            kernel ("use"). "maxnreg" limits the registers of a thread, so that more programs fit a multiprocessor.
+            "OVERLAPPED" lets the kernel be started before the one before it is done: GPUs of compute capability 9.0 and
+            newer can.
         num_warps, num_stages: As Triton takes them.
         source: Where the choice came from.
     """
@@ -31,6 +32,11 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     source: str
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The blocks, without which kernel has them."""
+        return {name: size for name, size in self.blocks.items() if name != "use"}
 
     @property
     def options(self) -> dict[str, int]:

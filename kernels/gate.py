@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from .configs import Config
@@ -171,7 +172,8 @@ def compile_ahead(job: Job) -> Measured:
 def compile_job(job: Job) -> CompiledKernel:
     """What Triton makes of a job, from its cache or into it."""
     kernel = getattr(importlib.import_module(job.module), job.function)
-    source = ASTSource(kernel, job.signature, job.constants, job.attrs)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = language(kernel, job.signature, job.constants, job.attrs)
     return well_compiled(triton.compile, source, target=ARCHS[job.arch].target, options=job.config.options)
 
 
@@ -232,7 +234,9 @@ def problems(job: Job, measured: Measured) -> list[str]:
 
 def wanted_products(job: Job) -> tuple[str, ...]:
     """The matrix instructions of which one must be there; none for kernels without products or with exact float32."""
-    if "PRECISION" not in job.named or (job.precision == "float32" and job.named["PRECISION"] == "ieee"):
+    if "PRECISION" not in job.named:
+        return ("wgmma",) if job.module.endswith("warpgroups") else ()
+    if job.precision == "float32" and job.named["PRECISION"] == "ieee":
         return ()
     products = ARCHS[job.arch].products
     rows = job.named.get("BLOCK_M", job.named.get("SLOTS", 0))

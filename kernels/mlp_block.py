@@ -4,7 +4,7 @@
 
 One program keeps whole rows of the result and goes through the hidden layer in chunks, so the hidden activations never
 leave it. That is for few channels; for more, linear, linear and norm_residual.
-Where the tables say so, programs stay and go from block to block of rows, with all weights in shared memory.
+Where the tables say so, it is mlp_warpgroups that computes it.
 Definition: reference.ops.mlp_block.
 """
 
@@ -25,8 +25,8 @@ from .launch import (
     precision_name,
     units,
 )
+from .mlp_warpgroups import fits, mlp_kernel
 from .tiles import (
-    INTERPRETED,
     add_rows,
     begin,
     dot,
@@ -35,10 +35,10 @@ from .tiles import (
     layer_norm,
     load_rows,
     load_transposed,
-    prefetch_rows,
     store_rows,
     vector_rows,
 )
+from .warpgroups import has_warpgroups
 
 
 @triton.jit
@@ -69,18 +69,16 @@ def _fc2_weights(
 
 @triton.jit
 def _fc1(
-    tiles, held, weight, bias, start,
+    tiles, weight, bias, start,
     C: tl.constexpr, HIDDEN: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
     BIAS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """The hidden layer's chunk from start on, before its GELU; held: its weights, or () where it is to load them."""
+    """The hidden layer's chunk from start on, before its GELU."""
     unit = start + tl.arange(0, BLOCK_HIDDEN)
     added = in_each_row(bias, unit, HIDDEN, tiles[0].shape[0], WHOLE)
     hidden = added if BIAS_FIRST else tl.zeros_like(added)
-    if len(held):
-        w = held
-    else:  # all tiles of it first, so that before a loop one wait is for them all
-        w = _fc1_weights(weight, start, C, HIDDEN, tiles[0].shape[1], len(tiles), WHOLE, BLOCK_HIDDEN)
+    # all tiles of it first, so that before a loop one wait is for them all
+    w = _fc1_weights(weight, start, C, HIDDEN, tiles[0].shape[1], len(tiles), WHOLE, BLOCK_HIDDEN)
     for i in tl.static_range(len(tiles)):
         hidden = dot(tiles[i].to(w[i].dtype), w[i], hidden, PRECISION)
     return hidden if BIAS_FIRST else hidden + added
@@ -88,15 +86,14 @@ def _fc1(
 
 @triton.jit
 def _fc2(
-    acc, activated, held, weight, start,
+    acc, activated, weight, start,
     C: tl.constexpr, HIDDEN: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, IN_LOOP: tl.constexpr,
 ):  # fmt: skip
-    """acc and what the hidden layer's chunk from start on, after its GELU, adds to it; held: as for _fc1."""
+    """acc and what the hidden layer's chunk from start on, after its GELU, adds to it."""
     unit = start + tl.arange(0, activated.shape[1])
     activated = activated.to(weight.dtype.element_ty)
-    if len(held) or IN_LOOP:
-        w = held
-    else:  # as in fc1; in the loop, where weights are asked for a turn before, that would take registers
+    w = ()
+    if not IN_LOOP:  # as in fc1; in the loop, where weights are asked for a turn before, that would take registers
         w = _fc2_weights(weight, start, C, HIDDEN, acc[0].shape[1], len(acc), WHOLE, activated.shape[1])
     summed = ()
     for i in tl.static_range(len(acc)):
@@ -153,104 +150,37 @@ def _mlp_block_kernel(
     acc = vector_rows(fc2_bias, BLOCK_M, C, TILE, COUNT)
     if AHEAD == 0:
         for start in range(0, END, BLOCK_HIDDEN):
-            hidden = _fc1(tiles, (), fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
+            hidden = _fc1(tiles, fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
             activated = gelu(hidden, EXACT_GELU)
-            acc = _fc2(acc, activated, (), fc2_weight, start, C, HIDDEN, WHOLE, PRECISION, True)
+            acc = _fc2(acc, activated, fc2_weight, start, C, HIDDEN, WHOLE, PRECISION, True)
     else:
-        hidden = _fc1(tiles, (), fc1_weight, fc1_bias, 0, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
+        hidden = _fc1(tiles, fc1_weight, fc1_bias, 0, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
         activated = gelu(hidden, EXACT_GELU)
         if AHEAD == 1:
             for start in range(BLOCK_HIDDEN, END, BLOCK_HIDDEN):
-                hidden = _fc1(
-                    tiles, (), fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST
-                )
-                acc = _fc2(acc, activated, (), fc2_weight, start - BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, True)
+                hidden = _fc1(tiles, fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
+                acc = _fc2(acc, activated, fc2_weight, start - BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, True)
                 activated = gelu(hidden, EXACT_GELU)
         else:
             hidden = _fc1(
-                tiles, (), fc1_weight, fc1_bias, BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST
+                tiles, fc1_weight, fc1_bias, BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST
             )
             for start in range(2 * BLOCK_HIDDEN, END, BLOCK_HIDDEN):
                 following = _fc1(
-                    tiles, (), fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST
+                    tiles, fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST
                 )
-                acc = _fc2(acc, activated, (), fc2_weight, start - 2 * BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, True)
+                acc = _fc2(acc, activated, fc2_weight, start - 2 * BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, True)
                 activated = gelu(hidden, EXACT_GELU)
                 hidden = following
-            acc = _fc2(acc, activated, (), fc2_weight, END - 2 * BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, False)
+            acc = _fc2(acc, activated, fc2_weight, END - 2 * BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, False)
             activated = gelu(hidden, EXACT_GELU)
-        acc = _fc2(acc, activated, (), fc2_weight, END - BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, False)
+        acc = _fc2(acc, activated, fc2_weight, END - BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, False)
     acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
     tiles = load_rows(x + first + row * C, inside, C, TILE, COUNT, AGAIN=True)
     acc = add_rows(acc, tiles, COUNT)
     if EXTRA_NORM:
         acc = layer_norm(acc, extra_weight, extra_bias, extra_eps, C, TILE, COUNT)
     store_rows(out + first + row * C, acc, inside, C, TILE, COUNT)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _persistent_mlp_block_kernel(
-    x,  # [rows, C]
-    fc1_weight,  # [HIDDEN, C]
-    fc1_bias,  # [HIDDEN]
-    fc2_weight,  # [C, HIDDEN]
-    fc2_bias,  # [C]
-    norm_weight,  # [C]
-    norm_bias,  # [C]
-    extra_weight,  # [C]
-    extra_bias,  # [C]
-    out,  # [rows, C]
-    rows,
-    eps,
-    extra_eps,
-    C: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    TILE: tl.constexpr,
-    COUNT: tl.constexpr,
-    EXTRA_NORM: tl.constexpr,
-    EXACT_GELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    OVERLAPPED: tl.constexpr = False,
-):
-    """Programs that go from block to block of rows and load the weights once.
-
-    "PER_UNIT" in a row of the tables is how many of them a multiprocessor gets; each takes shared memory for all
-    weights. Between the first product of a block and its norm no four warps wait for another four, so that the products
-    of some go on during the GELU of others.
-    """
-    begin(OVERLAPPED)
-    WHOLE: tl.constexpr = TILE * COUNT == C and HIDDEN % BLOCK_HIDDEN == 0
-    held = ()  # in shared memory: there the compiler puts what products in a loop take from outside it
-    for start in tl.static_range(0, HIDDEN, BLOCK_HIDDEN):
-        w1 = _fc1_weights(fc1_weight, start, C, HIDDEN, TILE, COUNT, WHOLE, BLOCK_HIDDEN)
-        w2 = _fc2_weights(fc2_weight, start, C, HIDDEN, TILE, COUNT, WHOLE, BLOCK_HIDDEN)
-        held = held + ((w1, w2),)
-    row = tl.arange(0, BLOCK_M)
-    blocks = tl.cdiv(rows, BLOCK_M)
-    x += tl.program_id(0).to(tl.int64) * (BLOCK_M * C)
-    out += tl.program_id(0).to(tl.int64) * (BLOCK_M * C)
-    step = tl.num_programs(0).to(tl.int64) * (BLOCK_M * C)
-    # the compiler would find the places of all held tiles before the loop, which takes more registers than there are
-    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), disable_licm=True):
-        inside = block * BLOCK_M + row < rows
-        tiles = load_rows(x + row * C, inside, C, TILE, COUNT)
-        if not INTERPRETED:  # the rows of the next block, if it is a whole one, can be on their way
-            prefetch_rows(block + tl.num_programs(0) < blocks - 1, x + step, row, BLOCK_M, C)
-        acc = vector_rows(fc2_bias, BLOCK_M, C, TILE, COUNT)
-        for start in tl.static_range(0, HIDDEN, BLOCK_HIDDEN):
-            w = held[start // BLOCK_HIDDEN]
-            hidden = _fc1(tiles, w[0], fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, True)
-            activated = gelu(hidden, EXACT_GELU)
-            acc = _fc2(acc, activated, w[1], fc2_weight, start, C, HIDDEN, WHOLE, PRECISION, True)
-        acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
-        acc = add_rows(acc, load_rows(x + row * C, inside, C, TILE, COUNT, AGAIN=True), COUNT)
-        if EXTRA_NORM:
-            acc = layer_norm(acc, extra_weight, extra_bias, extra_eps, C, TILE, COUNT)
-        store_rows(out + row * C, acc, inside, C, TILE, COUNT)
-        x += step
-        out += step
 
 
 @operator
@@ -293,24 +223,25 @@ def mlp_block(
         channels=channels,
         stream_bytes=x.element_size(),
         rows=at_most(rows),
+        held=int(fits(channels, hidden) and has_warpgroups(x.device, x, fc1_weight)),
     )
-    blocks = {name: size for name, size in chosen.blocks.items() if name != "PER_UNIT"}
-    kernel, programs = _mlp_block_kernel, cdiv(rows, blocks["BLOCK_M"])
-    stays = "PER_UNIT" in chosen.blocks and isinstance(rows, int) and x.dtype == fc1_weight.dtype != torch.float32
-    if stays and hidden <= 4 * channels:  # for as large a hidden layer rows of the tables hold weights
-        kernel, programs = _persistent_mlp_block_kernel, min(programs, chosen.blocks["PER_UNIT"] * units(x.device))
-    launch(
-        kernel,
-        programs,
+    arguments = (
         *(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias),
         *((extra_weight, extra_bias) if has_extra else (norm_weight, norm_bias)),
         *(out, rows, eps, extra_eps),
-        C=channels,
-        HIDDEN=hidden,
-        EXTRA_NORM=has_extra,
+    )
+    sizes = {"C": channels, "HIDDEN": hidden, "EXTRA_NORM": has_extra}
+    if chosen.blocks.get("use") == "warpgroups":
+        programs = min(cdiv(rows, 16 * chosen.num_warps), units(x.device))
+        launch(mlp_kernel, programs, *arguments, config=chosen, **sizes | chosen.sizes)
+        return out
+    launch(
+        _mlp_block_kernel,
+        cdiv(rows, chosen.blocks["BLOCK_M"]),
+        *arguments,
         EXACT_GELU=fc1_weight.dtype == torch.float32,
         PRECISION=precision(fc1_weight.dtype),
         config=chosen,
-        **blocks | row_tiles(chosen, channels),
+        **sizes | chosen.blocks | row_tiles(chosen, channels),
     )
     return out

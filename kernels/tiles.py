@@ -198,22 +198,29 @@ def add_rows(tiles, others, COUNT: tl.constexpr):
 
 
 @triton.jit
-def layer_norm(tiles, weight, bias, eps, C: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr):
-    """LayerNorm of float32 rows, by the mean first and the squared deviations after."""
+def centred(tiles, eps, C: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr):
+    """Rows less their means, and one over their standard deviations, which come of the deviations squared."""
     total = tl.sum(tiles[0], axis=1)
     for i in tl.static_range(1, COUNT):
         total += tl.sum(tiles[i], axis=1)
     mean = total / C
-    squares = tl.zeros_like(mean)
     deviations = ()
     for i in tl.static_range(COUNT):
-        columns = i * TILE + tl.arange(0, TILE)
         deviation = tiles[i] - mean[:, None]
         if COUNT * TILE > C:
+            columns = i * TILE + tl.arange(0, TILE)
             deviation = tl.where((columns < C)[None, :], deviation, 0.0)
-        squares += tl.sum(deviation * deviation, axis=1)
         deviations = deviations + (deviation,)
-    rstd = tl.rsqrt(squares / C + eps)
+    squares = tl.sum(deviations[0] * deviations[0], axis=1)
+    for i in tl.static_range(1, COUNT):
+        squares += tl.sum(deviations[i] * deviations[i], axis=1)
+    return deviations, tl.rsqrt(squares / C + eps)
+
+
+@triton.jit
+def layer_norm(tiles, weight, bias, eps, C: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr):
+    """LayerNorm of float32 rows."""
+    deviations, rstd = centred(tiles, eps, C, TILE, COUNT)
     normed = ()
     for i in tl.static_range(COUNT):
         columns = i * TILE + tl.arange(0, TILE)
@@ -230,6 +237,8 @@ def hash_now(module: dict[str, Any]) -> None:
     were hashed before it. Without this it would depend on which kernel a process happens to compile first, and what
     another process compiled would not be found.
     """
+    if INTERPRETED:  # nothing is compiled
+        return
     for function in list(module.values()):
         getattr(function, "cache_key", None)
 

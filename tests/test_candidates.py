@@ -18,6 +18,7 @@ def test_candidates(kernel):
         "stream_bytes": 2,
         "gelu": 1,
         "in_parts": 0,
+        "held": 0,
         "rows": 1 << 20,
     }
     present = config(kernel, "sm_90", "float16", **sizes)
@@ -56,7 +57,8 @@ def test_candidates(kernel):
         ),
         ("window_attention", {"tokens": 49, "block_d": 32}, "64x64x8 w4 s3 o"),
         ("mlp_block", {"channels": 96, "stream_bytes": 2, "rows": 1 << 16}, "128x32 w4 s2"),
-        ("mlp_block", {"channels": 96, "stream_bytes": 2, "rows": 1 << 16}, "256x64 w16 s1 p1"),
+        ("mlp_block", {"channels": 96, "stream_bytes": 2, "held": 1, "rows": 1 << 16}, "warpgroups w16 s1"),
+        ("mlp_block", {"channels": 96, "stream_bytes": 2, "held": 1, "rows": 1 << 20}, "warpgroupsx128x128 w8 s1"),
         ("mlp_block", {"channels": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x32x2 w8 s3"),
         ("mlp_block", {"channels": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x64x2 w8 s3"),
         ("linear_norm_residual", {"channels": 192, "k": 192, "stream_bytes": 2, "rows": 1 << 20}, "128x64 w4 s3"),
@@ -135,11 +137,12 @@ def test_implausible_candidates_are_not():
     fits = [len(tiles("linear", precision, k=384, n=1536, **many)) for precision in ("float32", "float16")]
     assert fits[0] < fits[1]  # shared memory
     assert any("PER_UNIT" in blocks for blocks in tiles("linear", k=384, n=1536, **many))
-    held = [blocks for blocks in tiles("mlp_block", channels=96, stream_bytes=2, rows=1 << 20) if "PER_UNIT" in blocks]
-    assert {blocks["BLOCK_M"] for blocks in held} == {128, 256}
-    for sizes in ({"channels": 128}, {"stream_bytes": 4}, {"rows": 4096}):  # too many weights, another stream, few rows
-        others = tiles("mlp_block", **{"channels": 96, "stream_bytes": 2, "rows": 1 << 20} | sizes)
-        assert not any("PER_UNIT" in blocks or blocks["BLOCK_M"] > 128 for blocks in others)
+    for kernel, sizes in (("mlp_block", {}), ("attention_block", {"tokens": 64})):
+        whole = {"channels": 96, "stream_bytes": 2, "rows": 1 << 20} | sizes
+        for held in (0, 1):  # the table's row, where all weights fit, is one of them
+            present = config(kernel, "sm_90", "float16", **whole, held=held)
+            found = candidates(kernel, whole | {"held": held}, "float16", present, "sm_90", 1000)
+            assert any(one.blocks.get("use") == "warpgroups" for one in found) == held
     few = {"gelu": 1, "rows": 256}
     assert not any("PER_UNIT" in blocks for blocks in tiles("linear", k=384, n=1536, **few))  # nothing to go on to
     assert not any("PER_UNIT" in blocks for blocks in tiles("linear", "float32", k=384, n=1536, **many))

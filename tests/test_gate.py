@@ -17,7 +17,8 @@ KERNELS = {
     "mlp_block", "mlp_parts", "merge_norm", "norm_residual", "patch_embed", "qkv_attention", "window_attention",
 }  # fmt: skip
 IN_PARTS = {"attention_parts", "mlp_parts"}  # where there is a large cache
-PERSISTENT = {"linear.persistent_linear", "mlp_block.persistent_mlp_block"}  # on some architectures
+PERSISTENT = {"linear.persistent_linear"}  # on some architectures
+WARPGROUPS = {"attention_warpgroups.attention", "mlp_warpgroups.mlp"}
 TABLES = sorted(file.stem for file in FOLDER.glob("*.json"))
 CONFIG = Config({}, 4, 2, "")
 PRECISIONS = ("float16", "bfloat16", "float32", "tf32")
@@ -31,6 +32,7 @@ SIZES = {  # by which rows are matched: the values tried for a row that does not
     "elements": (1 << 30,),
     "gelu": (0, 1),
     "in_parts": (0, 1),
+    "held": (0, 1),
     "rows": (64, 1 << 20),
 }
 BAD_TABLE = """
@@ -109,6 +111,26 @@ for launched in found:
         seen.add(name)
         job = job_of(launched, "sm_90", "float16")
         print(job.kernel, *problems(job, measure(job)))
+"""
+
+WIDER = """
+import torch
+from bench.cases import first_launches, model_named
+from bench.candidates import WARPGROUPS
+from swinfast.kernels.configs import Config
+from swinfast.kernels.gate import job_of, measure, problems
+
+with torch.no_grad():
+    model = model_named("swinv2_cr_tiny_ns_224")
+    found = list(first_launches(model, 256, "float16", "sm_90", None))
+for launched in found:
+    blocks = launched.config.blocks
+    if blocks.get("use") == "warpgroups":
+        operation = launched.kernel.fn.__module__.rpartition(".")[2].replace("warpgroups", "block")
+        for blocks, warps in WARPGROUPS[operation]:
+            config = Config(blocks, warps, 1, "a test")
+            job = job_of(launched._replace(config=config, constants=launched.constants | blocks), "sm_90", "float16")
+            print(job.kernel, *blocks.items(), *problems(job, measure(job)))
 """
 
 CACHE_KEYS = """
@@ -191,7 +213,7 @@ def test_subset_is_fit(gate, tmp_path, archs, precisions):
     found = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
     for arch in archs:
         here = [row for row in found if row["arch"] == arch]
-        rest = PERSISTENT if arch == "sm_90" else set()
+        rest = PERSISTENT | WARPGROUPS if arch == "sm_90" else set()
         assert {row["kernel"] for row in here} == KERNELS - (IN_PARTS if arch == "gfx942" else set()) | rest
         assert {row["precision"] for row in here} == set(precisions)
     assert {row["arch"] for row in found} == set(archs)
@@ -235,7 +257,19 @@ def test_overlapped_kernels_wait_first(gate):
     """Those of a forward, by their assembly; the table of biases is not computed in one."""
     done = gate("-c", OVERLAPPED)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert set(done.stdout.splitlines()) == {k for k in KERNELS if not k.startswith("cpb_bias")} | PERSISTENT
+    assert (
+        set(done.stdout.splitlines()) == {k for k in KERNELS if not k.startswith("cpb_bias")} | PERSISTENT | WARPGROUPS
+    )
+
+
+@pytest.mark.slow
+def test_what_the_tuner_tries_of_warpgroups_is_fit(gate):
+    """Without spills, and within what a multiprocessor has."""
+    done = gate("-c", WIDER)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert {line.split()[0] for line in lines} == WARPGROUPS
+    assert not [line for line in lines if "spills" in line or "needs" in line or "expected" in line]
 
 
 @pytest.mark.parametrize(

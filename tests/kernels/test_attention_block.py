@@ -1,7 +1,5 @@
 """attention_block: x + LN(proj(window_attention(qkv(x))))."""
 
-from unittest import mock
-
 import pytest
 import torch
 from hypothesis import given
@@ -18,7 +16,6 @@ from kernel_helpers import (
     assert_refuses_tensors,
     assert_repeatable,
     bias_of,
-    blocks,
     cast,
     check,
     check_mixed,
@@ -28,7 +25,6 @@ from kernel_helpers import (
     in_rows,
     mutant,
     odd_dtypes,
-    run,
     windows_and_heads,
 )
 from swinfast.kernels import attention_block as module
@@ -65,19 +61,6 @@ def test_cases(name, dtype):
     check(module.attention_block, reference, arguments(*CASES[name], dtype), dtype)
 
 
-def several_images(padded, dtype=torch.float32):
-    return arguments(5, (5, 6), (4, 3) if padded else (5, 3), (2, 1), 2, 8 if padded else 16, dtype)
-
-
-@each_dtype
-@pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("images", [2, 4, 8])
-def test_several_images_in_a_program(images, padded, dtype):
-    """The last program has fewer of them."""
-    with mock.patch.object(windows, "ENOUGH_PROGRAMS", 1), blocks(IMAGES=images):
-        check(module.attention_block, reference, several_images(padded, dtype), dtype)
-
-
 def test_arranged():
     """Number i of thread 4 r + q, in part c of rows 16 p and on, is of a row r or r + 8 and 16 columns from 16 c on."""
     table = torch.arange(2 * 64 * 64).view(1, 2, 64, 64)
@@ -89,15 +72,6 @@ def test_arranged():
     expected = [(row + down, column + right) for right in (0, 8) for down in (0, 8)]
     expected = [table[0, head, i, j + pair] for i, j in expected for pair in (0, 1)]
     assert arranged[0, head, c, 32 * p + 4 * r + q].tolist() == expected
-
-
-def test_images_of_a_program_are_independent():
-    args = several_images(True)
-    alone = run(module.attention_block, args)
-    with mock.patch.object(windows, "ENOUGH_PROGRAMS", 1), blocks(IMAGES=2):
-        assert_images_apart(module.attention_block, args, "x")
-        assert_empty_batch(module.attention_block, args, "x")
-        assert (run(module.attention_block, args) - alone).abs().max() < 1e-5
 
 
 @few_examples
@@ -182,14 +156,6 @@ MUTANTS = {
     "residual left out": ("tiny", module, "acc = add_rows", "_ = add_rows"),
     "one head of three": ("tiny", module, "range(0, HEADS)", "range(0, 1)"),
 }
-OF_SEVERAL_IMAGES = {
-    "images past the batch": ("first_image + image < images", "first_image + image < images + 1"),
-    "the first image again": ("            x += pixels * C\n", ""),
-    "another image's place": ("            out += pixels * C\n", "            out += pixels * (C + 1)\n"),
-    "images skipped": ("(windows_h * windows_w) * IMAGES", "(windows_h * windows_w) * (IMAGES + 1)"),
-    "the last images left out": ("cdiv(batch, images) * windows_h", "batch // images * windows_h"),
-    "the first head's weights": ("tiles, held[head],", "tiles, held[0],"),
-}
 # fmt: on
 
 
@@ -197,13 +163,6 @@ OF_SEVERAL_IMAGES = {
 def test_mutants_fail(name, tmp_path):
     case, *change = MUTANTS[name]
     assert_fails(mutant(tmp_path, module, *change).attention_block, reference, arguments(*CASES[case]))
-
-
-@pytest.mark.parametrize("name", OF_SEVERAL_IMAGES)
-def test_mutants_of_several_images_fail(name, tmp_path):
-    wrong = mutant(tmp_path, module, module, *OF_SEVERAL_IMAGES[name])
-    with mock.patch.object(windows, "ENOUGH_PROGRAMS", 1), blocks(IMAGES=2):
-        assert_fails(wrong.attention_block, reference, several_images(True))
 
 
 def test_mutant_without_a_smallest_length_fails(tmp_path):

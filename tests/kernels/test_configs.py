@@ -29,7 +29,7 @@ BLOCKS = {
 OPTIONAL = {  # and what has a value by default
     "linear_norm_residual": {"TILE"},
     "norm_residual": {"TILE"},
-    "mlp_block": {"TILE", "AHEAD", "PER_UNIT"},
+    "mlp_block": {"TILE", "AHEAD"},
     "attention_block": {"TILE"},
     "window_attention": {"IMAGES"},
     "linear": {"PER_UNIT"},
@@ -45,12 +45,12 @@ SHAPES = {  # what a kernel's rows are matched by
     "linear": {"k", "n", "gelu", "rows"},
     "linear_norm_residual": {"channels", "k", "stream_bytes", "rows"},
     "norm_residual": {"channels", "in_parts", "rows"},
-    "mlp_block": {"channels", "stream_bytes", "rows"},
+    "mlp_block": {"channels", "stream_bytes", "rows", "held"},
     "mlp_parts": {"channels", "stream_bytes"},
     "patch_embed": {"channels", "k", "rows"},
     "merge_norm": {"channels", "rows"},
     "window_attention": {"tokens", "block_d"},
-    "attention_block": {"channels", "tokens", "stream_bytes"},
+    "attention_block": {"channels", "tokens", "stream_bytes", "rows", "held"},
     "qkv_attention": {"channels", "tokens", "block_d", "stream_bytes", "rows"},
     "attention_parts": {"channels", "tokens", "block_d", "stream_bytes", "rows"},
     **{form: {"channels", "tokens", "rows"} for form in FORMS},
@@ -167,6 +167,11 @@ def test_tables(file):
                 assert max(tokens if isinstance(tokens, list) else [tokens]) <= LARGEST_TILE, row
         elif row["kernel"] == "linear" and "use" in row["blocks"]:
             assert row["blocks"] == {"use": "library"}, row
+        elif row["blocks"].get("use") == "warpgroups":
+            optional = {"mlp_block": {"CHUNK", "WIDE"}, "attention_block": {"JOINED"}}[row["kernel"]]
+            assert row["blocks"].keys() - optional == {"use"}, row
+            assert row["when"].get("held") == 1 and file.stem == "sm_90", row
+            assert row["num_warps"] in ((4, 8, 16) if row["kernel"] == "mlp_block" else (4,)), row
         else:
             blocks = dict(row["blocks"])
             if "maxnreg" in blocks:  # an option of NVIDIA's compiler

@@ -266,7 +266,8 @@ def test_threads_that_compile_again_leave_all_as_it_was(monkeypatch):
 
 def test_a_launch_is_refused_where_both_compilers_are_wrong():
     with pytest.raises(Miscompiled, match="again"):
-        launch(Kernel(Miscompiled("wrong"), Miscompiled("again")), 1, torch.zeros(1, device=DEVICE), config=Config({}, 4, 1, "a test"))
+        kernel = Kernel(Miscompiled("wrong"), Miscompiled("again"))
+        launch(kernel, 1, torch.zeros(1, device=DEVICE), config=Config({}, 4, 1, "a test"))
     assert not triton.knobs.compilation.always_compile
 
 

@@ -1,8 +1,5 @@
 """mlp_block: x + LN(fc2(GELU(fc1 x))), with a second LayerNorm and without."""
 
-from contextlib import contextmanager
-from unittest import mock
-
 import pytest
 import torch
 from hypothesis import given
@@ -24,7 +21,6 @@ from kernel_helpers import (
     check_mixed,
     each_dtype,
     few_examples,
-    loops_to_a_number,
     mutant,
     odd_dtypes,
 )
@@ -87,50 +83,6 @@ def test_stream_in_float32(dtype, ahead):
         check_mixed(module.mlp_block, reference, args, dtype)
 
 
-STAYING = {  # more and fewer blocks of rows than programs, whole and cut ones
-    "tiny": ((2, 7, 5, 96), 384, False),
-    "second norm": ((2, 96, 32), 64, True),
-    "tails": ((3, 23, 44), 110, True),
-    "few": ((20, 96), 48, True),
-}
-
-
-@contextmanager
-def two_programs(of=module):
-    """Persistent programs, so few of them that each has several blocks of rows."""
-    with mock.patch.object(of, "units", lambda device: 2), blocks(BLOCK_M=16, BLOCK_HIDDEN=32, PER_UNIT=1):
-        yield
-
-
-@loops_to_a_number
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("name", STAYING)
-def test_persistent_programs(name, dtype):
-    with two_programs():
-        check(module.mlp_block, reference, arguments(*STAYING[name], dtype), dtype)
-
-
-def test_who_stays():
-    """As many programs as fit, or as there are blocks; none where weights take more memory: in float32, of
-    a hidden layer of more than four times the channels; nor for a mix."""
-    launched = []
-
-    def kernel(name, programs, *args, **constants):
-        launched.append((name, programs))
-
-    with two_programs(), mock.patch.object(module, "launch", kernel):
-        for rows, dtype in ((70, torch.float16), (16, torch.bfloat16), (70, torch.float32)):
-            args = arguments((rows, 32), 64, True, dtype)
-            module.mlp_block(**args)
-        halves = cast({name: value for name, value in args.items() if name.startswith("fc")}, torch.float16)
-        module.mlp_block(**args | halves)
-        module.mlp_block(**arguments((70, 32), 144, True, torch.float16))
-    stays, goes = module._persistent_mlp_block_kernel, module._mlp_block_kernel
-    assert launched == [(stays, 2), (stays, 1), (goes, 5), (goes, 5), (goes, 5)]
-    with two_programs():
-        assert_empty_batch(module.mlp_block, arguments((3, 5, 36), 40, True, torch.float16), "x")
-
-
 @each_dtype
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_extremes(dtype):
@@ -191,17 +143,6 @@ MUTANTS_AHEAD = {
     "first weights for the last chunk": (1, "tiny", "fc2_weight, END - BLOCK_HIDDEN", "fc2_weight, 0"),
     "chunk past the last one not masked": (2, "one chunk", "HIDDEN == END", "HIDDEN == COVER * BLOCK_HIDDEN"),
 }
-MUTANTS_STAYING = {
-    "the last block left out": ("tiny", "program_id(0), blocks,", "program_id(0), blocks - 1,"),
-    "one block a program": ("tiny", "program_id(0), blocks,", "program_id(0), tl.num_programs(0),"),
-    "the first block's rows again": ("tiny", "        x += step\n", ""),
-    "rows not masked": ("tails", "block * BLOCK_M + row < rows", "block * BLOCK_M + row < rows + 1"),
-    "weights of the first chunk": ("tiny", "held[start // BLOCK_HIDDEN]", "held[0]"),
-    "edges of chunks not masked": ("tails", "C and HIDDEN % BLOCK_HIDDEN == 0", "C or True"),
-    "one chunk of hidden units":
-        ("tiny", "in tl.static_range(0, HIDDEN, BLOCK_HIDDEN):\n            w =",
-         "in tl.static_range(0, BLOCK_HIDDEN, BLOCK_HIDDEN):\n            w ="),
-}
 # fmt: on
 
 
@@ -217,12 +158,3 @@ def test_mutants_ahead_fail(name, tmp_path):
     ahead, case, *change = MUTANTS_AHEAD[name]
     with blocks(BLOCK_M=32, BLOCK_HIDDEN=16, AHEAD=ahead):
         assert_fails(mutant(tmp_path, module, module, *change).mlp_block, reference, arguments(*CASES[case]))
-
-
-@loops_to_a_number
-@pytest.mark.parametrize("name", MUTANTS_STAYING)
-def test_mutants_staying_fail(name, tmp_path):
-    case, *change = MUTANTS_STAYING[name]
-    changed = mutant(tmp_path, module, module, *change)
-    with two_programs(changed):
-        assert_fails(changed.mlp_block, reference, arguments(*STAYING[case], torch.float16), torch.float16)
