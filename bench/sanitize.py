@@ -17,16 +17,21 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from swinfast.kernels.configs import Config, override
 from swinfast.kernels.cpb_bias import cpb_bias
 from swinfast.kernels.launch import arch_of
 from swinfast.kernels.shapes import PRECISIONS
 from torch import Tensor
 
-from bench.cases import MODELS, call_arguments, inputs_of, operation, tf32_setting
+import swinfast
+from bench.candidates import SIXTEEN_BITS, WARPGROUPS
+from bench.cases import FORMS, MODELS, call_arguments, cases_of, choose_forms, inputs_of, operation, tf32_setting
 from bench.kernels import COMPILE_WAIT, COMPOSITIONS, KERNELS, compile_all, compilers, find_cases
 from swinfast.pipeline import resolve_device
 
 CPU = torch.device("cpu")
+# whose weights programs can hold: more rows than they take at a time, and windows with a shift and without
+HELD = {"img_size": 28, "patch_size": 2, "embed_dim": 96, "depths": (2,), "num_heads": (3,), "window_size": 7}
 
 
 def launch_all(cases: Sequence, device: torch.device) -> list[str]:
@@ -40,6 +45,21 @@ def launch_all(cases: Sequence, device: torch.device) -> list[str]:
         if not out.cpu().isfinite().all():
             wrong.append(f"{case.operation} {case.precision} {case.shape}: not finite")
     return wrong
+
+
+def warpgroups(precisions: Sequence[str], arch: str, device: torch.device) -> tuple[int, list[str]]:
+    """The kernels in Gluon, which the tables choose for large batches, in every form; how many, and what is wrong."""
+    model = swinfast.create_model("swinv2_cr_tiny_224", device="meta", **HELD).eval()
+    count, wrong = 0, []
+    for precision in [name for name in precisions if name in SIXTEEN_BITS]:
+        found = cases_of(model, 1, precision, arch, choose_forms(FORMS["fused"]))
+        for case in (case for case in found if dict(case.lookup[1]).get("held")):
+            for blocks, warps in WARPGROUPS[case.operation]:
+                chosen = Config({"use": "warpgroups"} | blocks, warps, 1, "chosen for this run")
+                with override(lambda kernel, shape, chosen=chosen: chosen):
+                    wrong += launch_all([("held", case)], device)
+                count += 1
+    return count, wrong
 
 
 def bias_tables(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -66,11 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with compilers(device) as pool:
             compile_all([case for _, case in cases], arch, pool, COMPILE_WAIT)
     wrong = launch_all(cases, device)
+    held, more = warpgroups(options.dtypes, arch, device)
+    wrong += more
     for dtype in dict.fromkeys(PRECISIONS[name] for name in options.dtypes):
         wrong += bias_tables(device, dtype)
     for line in wrong:
         print(f"WRONG {line}")
-    print(f"{len(cases)} launches of {len({case.operation for _, case in cases})} operations, {len(wrong)} wrong")
+    operations = len({case.operation for _, case in cases})
+    print(f"{len(cases)} launches of {operations} operations, {held} of kernels in Gluon, {len(wrong)} wrong")
     return int(bool(wrong))
 
 

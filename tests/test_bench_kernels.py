@@ -417,7 +417,7 @@ def test_overhead(monkeypatch, tmp_path, capsys):
 def test_sanitize(monkeypatch, capsys):
     monkeypatch.setattr(sanitize, "KERNELS", ("linear", "patch_embed"))
     assert sanitize.main(["--models", "small", "--dtypes", "float16", "--compile"]) == 0
-    assert "launches of 2 operations, 0 wrong" in capsys.readouterr().out
+    assert "launches of 2 operations, 0 of kernels in Gluon, 0 wrong" in capsys.readouterr().out
     monkeypatch.setattr(sanitize, "operation", lambda case: lambda **arguments: torch.tensor(math.nan))
     assert sanitize.main(["--models", "small", "--dtypes", "float16"]) == 1
     assert "WRONG linear float16" in capsys.readouterr().out

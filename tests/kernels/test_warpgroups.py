@@ -34,6 +34,9 @@ from test_mlp_block import arguments as mlp_arguments
 from test_mlp_block import reference as mlp_reference
 from triton.experimental.gluon._runtime import GluonJITFunction
 
+from bench import sanitize
+from bench.candidates import WARPGROUPS
+
 pytestmark = [
     pytest.mark.skipif(DEVICE.type == "cuda" and arch_of(DEVICE) != "sm_90", reason="needs sm_90"),
     *([pytest.mark.gpu] if DEVICE.type == "cuda" else []),
@@ -129,6 +132,19 @@ def test_runs_and_rows_are_independent():
             assert_repeatable(op, args)
             assert_images_apart(op, args, "x")
             assert_empty_batch(op, args, "x")
+
+
+def test_the_sanitizer_is_shown_every_form(monkeypatch):
+    """Of two blocks, with a shift and a second norm and without."""
+    monkeypatch.setattr(warpgroups, "INTERPRETED", False)
+    for module in (mlp_block, attention_block):
+        monkeypatch.setattr(module, "units", lambda device: 1)
+    launched = []
+    real = sanitize.launch_all
+    monkeypatch.setattr(sanitize, "launch_all", lambda cases, device: launched.extend(cases) or real(cases, device))
+    assert sanitize.warpgroups(["float16", "float32"], "sm_90", DEVICE) == (len(launched), [])
+    seen = {(case.operation, case.shape) for _, case in launched}
+    assert len(seen) == 4 and len(launched) == 2 * sum(map(len, WARPGROUPS.values()))
 
 
 def test_names_of_channels():
