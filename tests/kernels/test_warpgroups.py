@@ -134,6 +134,29 @@ def test_runs_and_rows_are_independent():
             assert_empty_batch(op, args, "x")
 
 
+class Both(torch.nn.Module):
+    """Two halves of a block, of the images that are to be kept: a graph does not know how many."""
+
+    def __init__(self, rows, windows):
+        super().__init__()
+        self.rows, self.windows = rows, windows
+
+    def forward(self, x, keep):
+        x = attention_block.attention_block(**self.windows | {"x": x[keep]})
+        return mlp_block.mlp_block(**self.rows | {"x": x})
+
+
+def test_any_number_of_images_is_traced():
+    rows = mlp_arguments((2, 9, 10, 32), 64, False, torch.float16)
+    windows = head_channels((3, (9, 10), (7, 7), (3, 3), 1), torch.float16)
+    both, x = Both(rows, windows), windows["x"]
+    with two_units(), torch.no_grad():
+        exported = torch.export.export(both, (x, torch.tensor([True, False, True], device=DEVICE))).module()
+        for keep in ([True] * 3, [False, True, False]):
+            keep = torch.tensor(keep, device=DEVICE)
+            assert torch.equal(exported(x, keep), both(x, keep))
+
+
 def test_the_sanitizer_is_shown_every_form(monkeypatch):
     """Of two blocks, with a shift and a second norm and without."""
     monkeypatch.setattr(warpgroups, "INTERPRETED", False)
