@@ -35,13 +35,12 @@ LIBRARY_SETTINGS = (  # by which cuBLAS chooses how to multiply, besides the one
     torch._C._get_cublas_allow_fp16_reduced_precision_reduction,
     torch._C._get_cublas_allow_bf16_reduced_precision_reduction,
 )
+ALIGNED = 16  # bytes, by which Triton tells pointers apart
 ALLOCATOR_SETTINGS = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # environment variables
 _capturing = threading.Lock()  # one capture at a time
 # One replay at a time on a stream, since all its graphs share their memory: by device and stream.
 _turns: dict[tuple[torch.device, int], threading.Lock] = {}
 
-
-ALIGNED = 16  # bytes, by which Triton tells pointers apart
 Compute = Callable[[tuple, list[Tensor]], Tensor]
 First = Callable[[tuple, Tensor, Tensor | None], Tensor]
 
@@ -66,7 +65,7 @@ class Graph(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a tensor was that was given back: what is captured puts others there, after they have read it."""
+    """Where a tensor is, or was that was given back: what is captured puts others there, after they have read it."""
 
     address: int
     bytes: int
@@ -79,9 +78,10 @@ class Place(NamedTuple):
     def of(cls, x: Tensor) -> "Place":
         return cls(x.data_ptr(), x.nbytes, x.shape, x.stride(), x.dtype, x.device)
 
-    def tensor(self) -> Tensor:
-        """That memory as a tensor, which keeps nothing alive."""
-        storage = torch._C._construct_storage_from_data_pointer(self.address, self.device, self.bytes)
+    def tensor(self, storage: torch.UntypedStorage | None = None) -> Tensor:
+        """A tensor in other memory, else in that, which it doesn't keep alive."""
+        if storage is None:
+            storage = torch._C._construct_storage_from_data_pointer(self.address, self.device, self.bytes)
         return torch.empty(0, dtype=self.dtype, device=self.device).set_(storage, 0, self.shape, self.strides)
 
 
@@ -223,7 +223,8 @@ def _after_first(x: Tensor, reads: tuple, compute: Compute, first: First) -> tup
     places = []
 
     def rest() -> Tensor:
-        held = [torch.empty_strided(like.shape, like.strides, dtype=like.dtype, device=like.device)]
+        # no torch.empty, which may be told to fill what it gives (torch.utils.deterministic): a replay would, too
+        held = [like.tensor(torch.UntypedStorage(like.bytes, device=like.device))]
         places.append(Place.of(held[0]))
         return compute(reads, held)
 

@@ -48,7 +48,7 @@ def edit(either):
             parameter[: (len(parameter) + 1) // 2].add_(0.2)
 
 
-EMPTY = torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided
+EMPTY = torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.set_
 
 
 class Tape(TorchDispatchMode):
@@ -57,13 +57,13 @@ class Tape(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operators: list[tuple] = []
-        self.empty: list[torch.Tensor] = []
+        self.empty: list[tuple[torch.Tensor, int]] = []
         self.loaded: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in EMPTY:  # no work for a GPU: it keeps what was put there
-            self.empty.append(out.detach())
+            self.empty.append((out.detach(), out._version))
             return out
         inputs = tree_map(lambda one: one.detach() if isinstance(one, torch.Tensor) else one, (args, kwargs or {}))
         self.operators.append((func, *inputs, [one.detach() for one in _tensors(out)]))
@@ -103,7 +103,7 @@ class Captures:
         else:
             with Tape() as tape:
                 output = compute()
-            tape.loaded = [one for one in tape.empty if one._version == 0]  # nothing in the tape has written to it
+            tape.loaded = [one for one, version in tape.empty if one._version == version]  # nobody has written to it
             launch = tape.play
             output.detach().fill_(torch.nan)  # a capture computes nothing
 

@@ -226,6 +226,22 @@ def test_no_copy_is_kept_of_large_images(timm, monkeypatch):
     assert kept[0] >= images.nbytes > 8 * kept[1]
 
 
+@pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled:UserWarning")
+def test_what_is_loaded_is_not_filled(timm, monkeypatch):
+    """PyTorch can be told to fill memory that it gives out, and does so again at a replay."""
+    monkeypatch.setattr(graphs, "LARGE_INPUT", 0)
+    model, images = model_and_images(timm)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        fast = swinfast.optimize(model, cuda_graphs=True)
+        with torch.no_grad():
+            outputs = [fast(images) for _ in range(3)]
+        assert len(fast._swinfast.plan.graphs) == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert relative_rms(outputs[-1], model(images)) <= 1e-4
+
+
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_a_warm_forward_allocates_its_output_and_nothing_else(timm, cuda_graphs):
     model, images = model_and_images(timm)
