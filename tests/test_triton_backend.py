@@ -64,8 +64,9 @@ def test_dtypes(timm, name, dtype):
     assert_passes(model, optimised(model, dtype=dtype), images_for(OPTIONS[name]))
 
 
+@pytest.mark.slow
 def test_full_size(timm):
-    """Every shape of the main model; the third stage with two of its six blocks, which are all alike."""
+    """Every shape of the main model; the third stage with two of its six blocks, all alike. On a GPU: test_gpu."""
     model = randomise(timm.create_model("swinv2_cr_tiny_ns_224", depths=(2, 2, 2, 2))).eval()
     fast = optimised(model, dtype=torch.float16)
     images = random_images(1, 3, 224, 224).to(DEVICE)
