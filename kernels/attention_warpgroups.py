@@ -17,14 +17,17 @@ from .warpgroups import (
     SHARED,
     WIDTH,
     add_rows,
+    all_begun,
+    all_ended,
     begun,
     ended,
-    first_of,
     held,
     in_runs,
     layer_norm,
     load_rows,
     operand_layout,
+    product,
+    products,
     rows_layout,
     store_rows,
     sums_layout,
@@ -103,26 +106,16 @@ def attention_kernel(
         if SHIFT_H > 0 or SHIFT_W > 0:
             biases += window_type(window_row, window_column, windows_h, windows_w) * (HEADS * 64 * 64)
         tiles = load_rows(x + place, offsets, inside[:, None], HEADS)  # padded tokens are zero
-        WIDE: gl.constexpr = PADDED_WIDTH if JOINED else WIDTH
-        sums = ()
-        for i in gl.static_range(0, C, WIDE):
-            sums = sums + (begun(proj_bias + i, WIDE, C - i),)
+        sums = all_begun(proj_bias, C, PADDED_WIDTH if JOINED else WIDTH)
         read = ()
         for head in gl.static_range(HEADS):
             attended = _head(
                 tiles, weights[head], places[head % len(places)], qkv_bias + head * WIDTH, logit_scale + head,
                 biases + head * (64 * 64), C, JOINED, read,
             )  # fmt: skip
-            summed = ()
-            for i in gl.static_range(len(sums)):
-                tile = weights[head][1][i].permute((1, 0))
-                summed = summed + (warpgroup_mma(attended, tile, sums[i], is_async=True),)
-            sums = summed
+            sums = products(attended, weights[head][1], sums)
             read = (attended,)
-        done = ()
-        for i in gl.static_range(len(sums)):
-            done = done + in_runs(ended(sums[i], read))
-        done = first_of(done, HEADS)
+        done = all_ended(sums, read, HEADS)
         if HEADS % 2 == 1 and not JOINED:  # else another head came since what the next one overwrites was read
             debug_barrier()
         y = add_rows(layer_norm(done, norm_weight, norm_bias, eps, C), tiles)
@@ -164,12 +157,12 @@ def _head(tiles, weights, places, qkv_bias, logit_scale, biases, C: gl.constexpr
     sums: gl.constexpr = sums_layout(4)
     if JOINED:  # all are done with the last head's k and v
         debug_barrier()
-        qkv = _product(tiles, weights[0], begun(qkv_bias, PADDED_WIDTH, 2 * WIDTH, C))  # v without its bias, too
+        qkv = product(tiles, weights[0], begun(qkv_bias, PADDED_WIDTH, 2 * WIDTH, C))  # v without its bias, too
         q, k, v, _ = in_runs(ended(qkv, read))
     else:
-        q = _product(tiles, weights[0][0], begun(qkv_bias))
-        k = _product(tiles, weights[0][1], begun(qkv_bias + C))
-        v = _product(tiles, weights[0][2], gl.zeros([64, WIDTH], gl.float32, sums))
+        q = product(tiles, weights[0][0], begun(qkv_bias))
+        k = product(tiles, weights[0][1], begun(qkv_bias + C))
+        v = product(tiles, weights[0][2], gl.zeros([64, WIDTH], gl.float32, sums))
         q, k = warpgroup_mma_wait(len(tiles), deps=[q, k])  # not for v
     q = (q * (reciprocal_length(q) * softmax_scale(gl.load(logit_scale)))[:, None]).to(dtype)
     k = (k * reciprocal_length(k)[:, None]).to(dtype)
@@ -191,13 +184,6 @@ def _head(tiles, weights, places, qkv_bias, logit_scale, biases, C: gl.constexpr
     # what the keys count for sums up to one, so the bias of each v is that of the sum
     attended = ended(attended, (p,)) * share[:, None] + vector(qkv_bias + 2 * C)[None, :]
     return gl.convert_layout(attended.to(dtype), operand_layout(4), assert_trivial=True)
-
-
-@gluon.jit
-def _product(tiles, weights, sums):
-    for i in gl.static_range(len(tiles)):
-        sums = warpgroup_mma(tiles[i], weights[i].permute((1, 0)), sums, is_async=True)
-    return sums
 
 
 @gluon.constexpr_function

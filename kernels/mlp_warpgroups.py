@@ -6,7 +6,7 @@ its own products, four warps by four, so that those of some go on during the GEL
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language import debug_barrier
 from triton.language import range as loop
 
@@ -16,14 +16,16 @@ from .warpgroups import (
     SHARED,
     WIDTH,
     add_rows,
+    all_begun,
+    all_ended,
     begun,
     ended,
-    first_of,
     held,
-    in_runs,
     layer_norm,
     load_rows,
     operand_layout,
+    product,
+    products,
     rows_layout,
     store_rows,
 )
@@ -91,26 +93,15 @@ def mlp_kernel(
 @gluon.jit
 def _mlp(tiles, fc1, fc1_bias, fc2, fc2_bias, C: gl.constexpr, CHUNK: gl.constexpr, WIDE: gl.constexpr):
     """fc2(GELU(fc1 tiles)), in float32, in tiles of RUN columns."""
-    sums = ()
-    for i in gl.static_range(0, C, WIDE):
-        sums = sums + (begun(fc2_bias + i, WIDE, C - i),)
+    sums = all_begun(fc2_bias, C, WIDE)
     read = ()  # by products that may still be under way
     for chunk in gl.static_range(len(fc1)):
-        hidden = begun(fc1_bias + chunk * CHUNK, CHUNK)
-        for i in gl.static_range(len(tiles)):
-            hidden = warpgroup_mma(tiles[i], fc1[chunk][i].permute((1, 0)), hidden, is_async=True)
-        hidden = ended(hidden, read)
+        hidden = ended(product(tiles, fc1[chunk], begun(fc1_bias + chunk * CHUNK, CHUNK)), read)
         activated = gelu(hidden, False).to(tiles[0].dtype)
         activated = gl.convert_layout(activated, operand_layout(gl.num_warps(), WIDE), assert_trivial=True)
-        summed = ()
-        for i in gl.static_range(len(sums)):
-            summed = summed + (warpgroup_mma(activated, fc2[chunk][i].permute((1, 0)), sums[i], is_async=True),)
-        sums = summed
+        sums = products(activated, fc2[chunk], sums)
         read = (activated,)
-    done = ()
-    for i in gl.static_range(len(sums)):
-        done = done + in_runs(ended(sums[i], read))
-    return first_of(done, C // WIDTH)
+    return all_ended(sums, read, C // WIDTH)
 
 
 hash_now(globals())

@@ -137,14 +137,11 @@ def patch_embed(
     Raises:
         ValueError: A tensor of another shape, dtype or device, or parameters that are not contiguous.
     """
-    stream = _check(images, weight, bias, norm_weight, norm_bias, scale, shift)
-    out = torch.empty(_embedded(images, weight), dtype=stream.dtype, device=weight.device)
-    _launch(out, images, weight, bias, norm_weight, norm_bias, eps, scale, shift)
-    return out
+    return patch_embed_into(None, images, weight, bias, norm_weight, norm_bias, eps, scale, shift)
 
 
 def patch_embed_into(
-    out: Tensor,
+    out: Tensor | None,
     images: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -154,34 +151,12 @@ def patch_embed_into(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """patch_embed into a tensor that is there: [B, H // ph, W // pw, C], contiguous, of the dtype that it returns.
+    """patch_embed into a tensor, if it is given: [B, H // ph, W // pw, C], contiguous, of the dtype that it returns.
 
     No operator: nothing traces, differentiates or casts it.
     """
-    stream = _check(images, weight, bias, norm_weight, norm_bias, scale, shift)
-    check("out", out, _embedded(images, weight), like=stream)
-    _launch(out, images, weight, bias, norm_weight, norm_bias, eps, scale, shift)
-    return out
-
-
-def _embedded(images: Tensor, weight: Tensor) -> tuple[int, ...]:
-    """The shape of embedded patches."""
-    (batch, _, height, width), (channels, _, patch_h, patch_w) = images.shape, weight.shape
-    return batch, height // patch_h, width // patch_w, channels
-
-
-def _check(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> Tensor:
-    """Refuse what doesn't fit; the parameter that has the dtype of the result."""
     check("weight", weight, (None,) * 4)
-    channels, in_chans = weight.shape[:2]
+    channels, in_chans, patch_h, patch_w = weight.shape
     check_vectors(channels, weight, bias=bias)
     stream = weight
     if norm_weight is not None:
@@ -199,24 +174,14 @@ def _check(
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector is not None and (tuple(vector.shape) != (in_chans,) or vector.dtype != torch.float32):
             raise ValueError(f"{name} must be float32 [{in_chans}], got {vector.dtype} {list(vector.shape)}")
-    return stream
-
-
-def _launch(
-    out: Tensor,
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> None:
-    channels, in_chans, patch_h, patch_w = weight.shape
-    batch, patches_h, patches_w, _ = out.shape
+    batch, patches_h, patches_w = images.shape[0], images.shape[2] // patch_h, images.shape[3] // patch_w
     rows, k = batch * patches_h * patches_w, in_chans * patch_h * patch_w
     check_rows("images", rows)
+    shape = batch, patches_h, patches_w, channels
+    if out is None:
+        out = torch.empty(shape, dtype=stream.dtype, device=weight.device)
+    else:
+        check("out", out, shape, like=stream)
     name = precision_name(weight.dtype)
     chosen = config("patch_embed", arch_of(weight.device), name, channels=channels, k=k, rows=at_most(rows))
     tile, count = columns(channels)
@@ -242,3 +207,4 @@ def _launch(
         config=chosen,
         **chosen.blocks,
     )
+    return out

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_init, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
 from .launch import INTERPRETED, arch_of
 from .tiles import centred, hash_now
@@ -126,6 +126,32 @@ def begun(bias, COLUMNS: gl.constexpr = WIDTH, MOST: gl.constexpr = None, STEP: 
 
 
 @gluon.jit
+def all_begun(bias, C: gl.constexpr, WIDE: gl.constexpr):
+    """Products for C columns, of WIDE each, on top of a bias; those past C are zero."""
+    sums = ()
+    for i in gl.static_range(0, C, WIDE):
+        sums = sums + (begun(bias + i, WIDE, C - i),)
+    return sums
+
+
+@gluon.jit
+def product(tiles, weights, sums):
+    """A product of rows that are several tiles, each with its weights."""
+    for i in gl.static_range(len(tiles)):
+        sums = warpgroup_mma(tiles[i], weights[i].permute((1, 0)), sums, is_async=True)
+    return sums
+
+
+@gluon.jit
+def products(tile, weights, sums):
+    """Products of the same rows, each with its weights."""
+    summed = ()
+    for i in gl.static_range(len(sums)):
+        summed = summed + (warpgroup_mma(tile, weights[i].permute((1, 0)), sums[i], is_async=True),)
+    return summed
+
+
+@gluon.jit
 def in_runs(tile):
     """A tile of sums as tiles of RUN columns. No number moves."""
     WARPS: gl.constexpr = gl.num_warps()
@@ -150,12 +176,15 @@ def ended(sums, read):
 
 
 @gluon.jit
-def first_of(tiles, COUNT: gl.constexpr):
-    """Without what is past the last channel."""
-    kept = ()
+def all_ended(sums, read, COUNT: gl.constexpr):
+    """Products as COUNT tiles of RUN columns, without what is past the last channel."""
+    runs = ()
+    for i in gl.static_range(len(sums)):
+        runs = runs + in_runs(ended(sums[i], read))
+    done = ()
     for i in gl.static_range(COUNT):
-        kept = kept + (tiles[i],)
-    return kept
+        done = done + (runs[i],)
+    return done
 
 
 @gluon.constexpr_function

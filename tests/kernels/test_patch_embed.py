@@ -215,7 +215,7 @@ MUTANTS = {
     "edges of W not masked": ("not square, left over", tiles, "if WHOLE:", "if True:"),
     "rows not masked": ("not square, left over", module, "inside = row < rows", "inside = row < rows + 1"),
     "left over rows taken":
-        ("not square, left over", module, "height // patch_h", "-(-height // patch_h)"),
+        ("not square, left over", module, "images.shape[2] // patch_h", "-(-images.shape[2] // patch_h)"),
     "no bias": ("no norm", module, "if HAS_BIAS else", "if False else"),
     "no norm": ("tiny", module, "if NORM:", "if False:"),
     "another eps": ("tiny", tiles, "squares / C + eps", "squares / C + 1e-5"),

@@ -217,7 +217,7 @@ MLP_MUTANTS = {
     "one block a program": ("tiny", mlp_warpgroups, "gl.cdiv(rows, BLOCK_M)", "gl.num_programs(0)"),
     "the first rows again": ("tiny", mlp_warpgroups, "place = block.to", "place = gl.program_id(0).to"),
     "one chunk of hidden units": ("tiny", mlp_warpgroups, "range(len(fc1))", "range(1)"),
-    "weights of the first chunk": ("tiny", mlp_warpgroups, "fc2[chunk][i]", "fc2[0][i]"),
+    "weights of the first chunk": ("tiny", mlp_warpgroups, "fc2[chunk]", "fc2[0]"),
     "hidden bias of the first chunk": ("tiny", mlp_warpgroups, "fc1_bias + chunk * CHUNK", "fc1_bias"),
     "no GELU": ("tiny", mlp_warpgroups, "gelu(hidden, False)", "hidden"),
     "columns not named": ("tiny", warpgroups, "channel_of(n % WIDTH)", "(n % WIDTH)"),
@@ -266,7 +266,7 @@ ATTENTION_MUTANTS = JOINED_MUTANTS | {
     "images skipped": ("tiny", attention_warpgroups, "images * windows, gl", "windows, gl"),
     "windows of another row": ("tiny", attention_warpgroups, "window_column = task % windows_w", "window_column = 0"),
     "padded tokens not masked": ("padded", windows_module, "if PADDED:", "if False:"),
-    "no projection bias": ("tiny", attention_warpgroups, "begun(proj_bias +", "begun(norm_bias +"),
+    "no projection bias": ("tiny", attention_warpgroups, "begun(proj_bias", "begun(norm_bias"),
     "one head": ("tiny", attention_warpgroups, "for head in gl.static_range(HEADS):\n            attended",
                  "for head in gl.static_range(1):\n            attended"),
 }
