@@ -2,7 +2,7 @@
 
     x [rows, K], W [N, K] as torch.nn.Linear keeps it, b [N] or None, y [rows, N]; sums in float32.
 
-GELU is the exact (erf) form in float32 and within an eighth of a rounding of it in 16 bits (tiles.gelu).
+GELU is as exact as the erf form in float32, and in 16 bits within a thirtieth of a rounding of it (tiles.gelu).
 Where the tables say so, PyTorch's own library (cuBLAS, …) computes it, or programs that stay and go from tile to tile.
 Definition: reference.ops.linear.
 """

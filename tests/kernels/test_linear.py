@@ -201,7 +201,7 @@ MUTANTS = {
     "no bias": ("qkv", module, "if HAS_BIAS:", "if False:"),
     "no GELU": ("fc1", module, "if GELU:", "if False:"),
     "fast GELU in float32": ("fc1", module, "gelu(acc, EXACT_GELU)", "gelu(acc, False)"),
-    "another GELU": ("fc1", tiles, "0.7071067811865476", "0.707"),
+    "another GELU": ("fc1", tiles, "a * (-1.15110886", "a * (-1.15"),
     "K tail not masked": ("tails", module, "K % BLOCK_K != 0", "False"),
     "W^T read as W": ("qkv", tiles, "n[None, :] * K + k[:, None]", "n[None, :] + k[:, None] * N"),
     "edges of W not masked": ("tails", tiles, "if WHOLE:", "if True:"),

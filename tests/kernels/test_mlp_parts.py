@@ -109,7 +109,7 @@ def test_errors():
 # fmt: off
 MUTANTS = {
     "no GELU": ("tiny", module, "gelu(hidden, EXACT_GELU)", "hidden"),
-    "GELU by tanh": ("tiny", module, "gelu(hidden, EXACT_GELU)", "gelu(hidden, False)"),
+    "fast GELU in float32": ("tiny", module, "gelu(hidden, EXACT_GELU)", "gelu(hidden, False)"),
     "no bias of fc1": ("tiny", module, "unit, HIDDEN, BLOCK_M, WHOLE)", "unit, HIDDEN, BLOCK_M, WHOLE) * 0"),
     "no bias of fc2": ("tiny", tiles, "mask=(column < C) & with_bias", "mask=column < 0"),
     "a bias with each part": ("tiny", tiles, " & with_bias", ""),
