@@ -40,7 +40,7 @@ class ClassifierPlan:
         self.in_head = tuple(model.head.parameters())
         self.parameters = tuple(dict.fromkeys((*patch_embed.parameters, *stages.parameters, *self.in_head)))
         self.graphs = Graphs(torch.contiguous_format)
-        self._watch = Watch(list(model.modules()), self.parameters)
+        self._watch = Watch(model, self.parameters)
         parts = model.patch_embed, model.stages, *model.stages
         self._parts = [(part, part._swinfast, part._swinfast.plan) for part in parts]
         self.tables: dict[Hashable, tuple[list[int], tuple]] = {}
@@ -50,7 +50,7 @@ class ClassifierPlan:
         return (
             all(part._swinfast is settings and settings.plan is plan for part, settings, plan in self._parts)
             and not any(map(model.__dict__.__contains__, CALLED))
-            and self._watch.holds()
+            and self._watch.holds(model)
             and not self._watch.is_random()
         )
 
@@ -150,7 +150,7 @@ class FusedClassifier(FusedWhole):
             reads=lambda: self.tables(plan, kind),
             compute=partial(self._compute, plan),
             plain=partial(self.original.forward, self, x),
-            first=partial(self._embed, plan.patch_embed),
+            first=partial(_embed, self.patch_embed, plan.patch_embed),
         )
 
     def _may_be_captured(self, x: Tensor) -> bool:
@@ -162,9 +162,11 @@ class FusedClassifier(FusedWhole):
     def _is_unchecked(self) -> bool:
         return any(module._swinfast.unchecked for module in (self.patch_embed, *self.stages))
 
-    def _embed(self, plan: Plan, tables: tuple, images: Tensor, out: Tensor | None) -> Tensor:
-        return self.patch_embed._run(plan.backend, plan.spec, tables[0], images, out)
-
     def _compute(self, plan: ClassifierPlan, tables: tuple, held: list[Tensor]) -> Tensor:
         """What comes after the patch embedding."""
         return self.forward_head(self.stages.compute(plan.stages, tables[1:-1], held.pop()))
+
+
+def _embed(patch_embed: FusedPatchEmbed, plan: Plan, tables: tuple, images: Tensor, out: Tensor | None) -> Tensor:
+    """The patch embedding by itself. A graph keeps it, and would keep its own owner, were this the classifier's."""
+    return patch_embed._run(plan.backend, plan.spec, tables[0], images, out)

@@ -98,7 +98,7 @@ class FusedComputation(Fused):
     def plan(self) -> Plan:
         """How this module runs now."""
         plan = self._swinfast.plan
-        if plan is None or not plan.holds():
+        if plan is None or not plan.holds(self):
             plan = Plan(self.adapter, self, self._swinfast.backend, self._swinfast.failure)
             self._swinfast.plan = plan
         return plan

@@ -64,29 +64,29 @@ class Plan:
         self._lock = threading.Lock()
         self._counts_edits = not any(parameter.is_inference() for parameter in self.parameters)
 
-        self.module = module
         placed = [p for p in self.parameters if p.layout == torch.strided] if self._counts_edits else ()
-        self._watch = Watch(list(module.modules()), placed)
+        self._watch = Watch(module, placed)
 
-    def holds(self) -> bool:
+    def holds(self, module: nn.Module) -> bool:
         """Whether the module and the places of its weights are still what the plan was made of."""
-        return self._watch.holds()
+        return self._watch.holds(module)
 
-    def computes_the_same(self) -> bool:
+    def computes_the_same(self, module: nn.Module) -> bool:
         """Whether the module still computes what the plan was made of, though its weights may be others, or elsewhere,
         and there may be hooks."""
-        if self.holds():
+        if self.holds(module):
             return True
-        same = list(self.module.modules()) == self._watch.modules and self._watch.settings_hold()
-        return same and next(patches(self.module), None) is None
+        _, *inside = module.modules()
+        same = inside == self._watch.inside and self._watch.settings_hold(module)
+        return same and next(patches(module), None) is None
 
     def is_random(self) -> bool:
         """Whether a dropout inside was put into training mode, though the module is not."""
         return self._watch.is_random()
 
-    def why_original(self) -> str | None:
+    def why_original(self, module: nn.Module) -> str | None:
         """Why the original runs in eval mode, for the report."""
-        if self.reason is None and self.is_random() and not self.module.training:
+        if self.reason is None and self.is_random() and not module.training:
             return "a dropout inside it is in training mode"
         return self.reason
 
@@ -119,8 +119,8 @@ class Plan:
                 made = kept[1]
             if self.parameters[0].is_cuda:  # other streams may use it from now on
                 torch.cuda.current_stream(self.parameters[0].device).synchronize()
+            self.derivations += 1  # when all of it is there, and before another thread finds it and looks no further
             self._derived[kind] = versions, made
-            self.derivations += 1  # when all of it is there
         return made
 
     def _derive(self, derive: Callable[[Any], Any]) -> Any:
@@ -140,8 +140,7 @@ class SequencePlan:
         graphs: The CUDA graphs of the whole.
     """
 
-    def __init__(self, module: nn.Sequential, plans: Sequence[Plan]):
-        self._children = module._modules
+    def __init__(self, plans: Sequence[Plan]):
         self.plans = tuple(plans)
         self.parameters = tuple(dict.fromkeys(chain.from_iterable(plan.parameters for plan in plans)))
         self.graphs = Graphs()
@@ -151,9 +150,10 @@ class SequencePlan:
         """Whether these are still the modules' plans."""
         return len(plans) == len(self.plans) and all(map(is_, plans, self.plans))
 
-    def computes_the_same(self) -> bool:
-        same = [plan.module for plan in self.plans] == list(self._children.values())
-        return same and all(plan.computes_the_same() for plan in self.plans)
+    def computes_the_same(self, module: nn.Sequential) -> bool:
+        return len(module) == len(self.plans) and all(
+            plan.computes_the_same(child) for plan, child in zip(self.plans, module, strict=True)
+        )
 
     @property
     def derivations(self) -> int:

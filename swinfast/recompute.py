@@ -27,7 +27,7 @@ class FusedForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        if not ctx.plan.computes_the_same():
+        if not ctx.plan.computes_the_same(ctx.module):
             raise RuntimeError(
                 f"a {type(ctx.module).original.__name__} was changed between its forward and its backward pass, which "
                 "computes it again: gradients of what it was can't be had any more"

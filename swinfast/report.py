@@ -74,19 +74,21 @@ def _graphs(name: str, graphs: Graphs) -> list[str]:
 
 
 def _rows(name: str, module: FusedComputation, plan: Plan) -> list[Row]:
+    reason = plan.why_original(module)
     if not isinstance(module, FusedStage):
-        return [_row(name, module.adapter.kind, plan, plan.spec)]
+        return [_row(name, module.adapter.kind, plan, plan.spec, reason)]
     prefix = f"{name}." if name else ""
     blocks = plan.spec.blocks if plan.spec else [None] * len(module.blocks)
-    rows = [_row(f"{prefix}blocks.{index}", "block", plan, block) for index, block in enumerate(blocks)]
+    rows = [_row(f"{prefix}blocks.{index}", "block", plan, block, reason) for index, block in enumerate(blocks)]
     if not isinstance(module.downsample, nn.Identity):
         merge = plan.spec.merge if plan.spec else None
-        rows.insert(0, _row(f"{prefix}downsample", "patch merging", plan, merge))
+        rows.insert(0, _row(f"{prefix}downsample", "patch merging", plan, merge, reason))
     return rows
 
 
-def _row(name: str, kind: str, plan: Plan, spec: PatchEmbedSpec | MergeSpec | BlockSpec | None) -> Row:
-    reason = plan.why_original()
+def _row(
+    name: str, kind: str, plan: Plan, spec: PatchEmbedSpec | MergeSpec | BlockSpec | None, reason: str | None
+) -> Row:
     if reason is not None:
         return Row(name, kind, False, reason)
     parameter = plan.parameters[0]

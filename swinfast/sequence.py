@@ -66,7 +66,7 @@ class FusedStages(FusedWhole):
         if plans is None:
             kept = self._swinfast.plan = None
         elif kept is None or not kept.holds(plans):
-            kept = self._swinfast.plan = SequencePlan(self, plans)
+            kept = self._swinfast.plan = SequencePlan(plans)
         return kept
 
     def _plans(self) -> list[Plan] | None:

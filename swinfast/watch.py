@@ -22,54 +22,61 @@ is_training = itemgetter("training")  # of a module's attributes
 
 
 class Watch:
-    """Modules as they are now.
+    """A module and those inside it, as they are now.
 
-    Hooks of the first module and attributes that somebody gives it are its own affair: it is called by its owner.
+    Hooks of the module itself and attributes that somebody gives it are its own affair: it is called by its owner. It
+    is not kept: it keeps the watch, and in a circle they would hold their memory until garbage is collected.
 
     Attributes:
-        modules: Which they are.
+        inside: The modules inside.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], placed: Sequence[Tensor]):
+    def __init__(self, module: nn.Module, placed: Sequence[Tensor]):
         """placed: Tensors whose place in memory counts."""
-        self.modules = list(modules)
+        _, *self.inside = modules = list(module.modules())
         self._placed, self._places = placed, list(map(Tensor.data_ptr, placed))
         self._memory = [StorageWeakRef(tensor.untyped_storage()) for tensor in placed]
         self._memories = [memory.cdata for memory in self._memory]
-        self._types = list(map(type, self.modules))
-        tables = [table for m in self.modules for table in (m._modules, m._parameters) if table]
+        self._type, self._types = type(module), list(map(type, self.inside))
+        tables = [table for m in modules for table in (m._modules, m._parameters) if table]
         self._tables = [table.values() for table in tables]
         self._contents = list(chain.from_iterable(self._tables))  # children and parameters
-        self._hooks = [getattr(m, hooks) for m in self.modules[1:] for hooks in HOOKS]
+        self._hooks = [getattr(m, hooks) for m in self.inside for hooks in HOOKS]
         self._hooked = any(self._hooks)
-        self._attributes = [m.__dict__ for m in self.modules[1:]]
+        self._attributes = [m.__dict__ for m in self.inside]
         self._counts = list(map(len, self._attributes))  # a method that is patched on a module is one more
-        classes = dict.fromkeys((one, class_of(m)) for m in self.modules for one in (type(m), class_of(m)))
+        classes = dict.fromkeys((one, class_of(m)) for m in modules for one in (type(m), class_of(m)))
         self._classes, self._names = zip(*((one, name) for one, cls in classes for name in methods(cls)), strict=True)
         self._methods = list(map(getattr, self._classes, self._names))
-        watched = [(m.__dict__, name) for m in self.modules for name in WATCHED if name in m.__dict__]
+        self._own_settings = {name: module.__dict__[name] for name in WATCHED if name in module.__dict__}
+        watched = [(m.__dict__, name) for m in self.inside for name in WATCHED if name in m.__dict__]
         self._owners, self._settings_names = zip(*watched, strict=True) if watched else ((), ())
         self._settings = list(map(dict.get, self._owners, self._settings_names))
-        self._dropouts = [m.__dict__ for m in self.modules if is_dropout(type(m))]
+        self._dropouts = [m.__dict__ for m in self.inside if is_dropout(type(m))]
 
-    def holds(self) -> bool:
+    def holds(self, module: nn.Module) -> bool:
         """Whether all is as it was: children, parameters and their places, types, hooks, methods and settings."""
         contents = list(chain.from_iterable(self._tables))
         return (
             len(contents) == len(self._contents)
             and all(map(is_, contents, self._contents))
-            and list(map(type, self.modules)) == self._types
+            and type(module) is self._type
+            and list(map(type, self.inside)) == self._types
             and list(map(len, self._attributes)) == self._counts
             and any(self._hooks) == self._hooked
             and list(map(getattr, self._classes, self._names)) == self._methods
             and list(map(Tensor.data_ptr, self._placed)) == self._places
             and not any(map(UntypedStorage._expired, self._memories))  # else the places may be others' by now
-            and self.settings_hold()
+            and self.settings_hold(module)
         )
 
-    def settings_hold(self) -> bool:
+    def settings_hold(self, module: nn.Module) -> bool:
         """Whether the attributes that answers depend on are what they were."""
-        return list(map(dict.get, self._owners, self._settings_names)) == self._settings
+        own = self._own_settings
+        return (
+            list(map(module.__dict__.get, own)) == list(own.values())
+            and list(map(dict.get, self._owners, self._settings_names)) == self._settings
+        )
 
     def is_random(self) -> bool:
         """Whether a dropout inside is in training mode."""

@@ -4,7 +4,9 @@ Without a GPU, by a stand-in for captures.
 """
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch import nn
 import swinfast
 from swinfast import graphs
 from swinfast.calls import kind_of
-from swinfast.classifier import FusedClassifier
+from swinfast.classifier import FusedClassifier, _embed
 from swinfast.memory import LiveBytes
 
 pytestmark = [pytest.mark.filterwarnings("error:no CUDA graph"), *([pytest.mark.gpu] if DEVICE.type == "cuda" else [])]
@@ -55,13 +57,31 @@ def test_one_graph_spans_all(timm, captures, source):
     assert captures.replayed == replayed + 4
 
 
+def test_a_model_that_nobody_needs_is_gone_at_once(model, captures):
+    """With the memory of its graphs and tables, as the plain one would be."""
+    fast = warmed(model)
+    fast.stages(fast.patch_embed(images()))
+    fast.stages[0](fast.patch_embed(images()))
+    with torch.enable_grad():
+        fast.requires_grad_()(images()).sum().backward()
+    swinfast.report(fast)
+    assert captures.captured
+    kept = [weakref.ref(one) for one in (*fast.modules(), *fast.parameters(), fast.plan())]
+    gc.disable()
+    try:
+        del fast
+        assert not [one() for one in kept if one() is not None]
+    finally:
+        gc.enable()
+
+
 def test_a_capture_is_told_how_much_memory_it_takes(model, captures):
     """What its tensors take at most at a time, counted in the run before it."""
     fast = warmed(model)
     plan, x = fast.plan(), images()
     tables = fast.tables(plan, kind_of(x))
     with torch.no_grad(), LiveBytes() as live:
-        fast._compute(plan, tables, [fast._embed(plan.patch_embed, tables, x, None)])
+        fast._compute(plan, tables, [_embed(fast.patch_embed, plan.patch_embed, tables, x, None)])
     assert captures.room == live.peak > 0
 
 
