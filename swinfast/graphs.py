@@ -10,12 +10,12 @@ import gc
 import os
 import threading
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -24,11 +24,13 @@ from torch.utils._pytree import tree_leaves
 from .errors import in_a_line, is_out_of_memory
 from .memory import LiveBytes
 
-KEPT = 8  # graphs of one module; the one that was not used for the longest is dropped
-REMEMBERED = 64  # signatures seen once
+KEPT = 8  # graphs of one module
+PATIENCE = 8  # calls with a signature since another's graph was last used, until it takes that one's place
+REMEMBERED = 64  # signatures
 MUCH_ROOM = 128 << 20
 MORE_ROOM = 1.5  # times what a pool was asked for: for less, a larger graph takes what it has and some tensors more
 LARGE_INPUT = 32 << 20  # bytes, to copy which takes more memory and time than a launch is worth
+SIDE_STREAMS = 32  # as many as PyTorch has of a priority
 LIBRARY_ROOM = 64 << 20  # for what cuBLAS works in, which a first capture on a stream gives a place among its tensors
 LIBRARY_SETTINGS = (  # by which cuBLAS chooses how to multiply, besides the one of TF32
     torch._C._get_cublas_allow_fp16_accumulation,
@@ -98,7 +100,8 @@ class Graphs:
         self.failure: str | None = None
         self._too_large = 0  # numbers of an input, from which on nothing is captured any more if there was a failure
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
-        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._calls = 0
+        self._sights: OrderedDict[Hashable, deque[int]] = OrderedDict()  # which calls had a signature, the last of them
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -125,19 +128,18 @@ class Graphs:
         """
         stream, key = _signature(x, kind)
         with self._lock:
-            if key in self._graphs or key in self._seen:
+            if key in self._graphs or self._is_due(key):
                 tables = reads()
                 graph = self._find(key, tables) or self._capture(key, x, tables, compute, first)
                 if graph is not None:
                     with _turns.setdefault(stream, threading.Lock()):
                         graph.load(x)
                         graph.replay()
+                        self._see(key)
                         return graph.output.clone()
         out = plain()
-        with self._lock:  # a size that is seen once may never come again, so the second sight is captured
-            self._seen[key] = None
-            if len(self._seen) > REMEMBERED:
-                self._seen.popitem(last=False)
+        with self._lock:
+            self._see(key)
         return out
 
     def replayed(
@@ -168,7 +170,24 @@ class Graphs:
             if made() != before:  # into the same places, but after the GPU had read them
                 graph.load(x)  # again: where the input was, a replay puts others
                 graph.replay()
+            self._see(key)
             return graph.output.clone()
+
+    def _see(self, key: Hashable) -> None:
+        self._calls += 1
+        self._sights.setdefault(key, deque(maxlen=PATIENCE)).append(self._calls)
+        self._sights.move_to_end(key)
+        if len(self._sights) > REMEMBERED:
+            self._sights.popitem(last=False)
+
+    def _is_due(self, key: Hashable) -> bool:
+        """Whether a signature without a graph gets one. A size that is seen once may never come again; and where more
+        sizes than graphs are kept come in turn, to capture each again and again would cost more than a graph gains."""
+        if key not in self._sights or len(self._graphs) < KEPT:
+            return key in self._sights
+        longest_unused = self._sights.get(next(iter(self._graphs)), [0])
+        calls = self._sights[key]
+        return len(calls) == PATIENCE and calls[0] > longest_unused[-1]
 
     def _find(self, key: Hashable, reads: tuple) -> Graph | None:
         graph = self._graphs.get(key)
@@ -246,6 +265,19 @@ def _signature(x: Tensor, kind: Hashable) -> tuple[tuple[torch.device, int], Has
     return stream, (x.shape, x.dtype, stream, kind, *(setting() for setting in LIBRARY_SETTINGS))
 
 
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Garbage may hold graphs and events, and to destroy one of them ends a capture; or the last graph of a pool."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_garbage_collection()
 def capture(compute: Callable[[], Tensor], device: torch.device, room: int = 0) -> tuple[Callable[[], None], Tensor]:
     """Record what a function launches.
 
@@ -258,31 +290,37 @@ def capture(compute: Callable[[], Tensor], device: torch.device, room: int = 0) 
     """
     if device.index is None:  # the current one, which tensors know by its number
         device = torch.device(device.type, torch.cuda.current_device())
+    if not keeps_memory():
+        raise RuntimeError("graphs take memory from PyTorch's own allocator alone, and another one is set")
     key = device, stream_of(device)
-    pool = _pools.get(key) or Pool(device)
+    pool = _pools.get(key) or Pool(*key)
     _pools[key] = pool
-    graph, side = torch.cuda.CUDAGraph(), _side_stream(*key)
+    graph = torch.cuda.CUDAGraph()
     try:
         # a capture that fails at its end leaves its stream the current one: the stream around it comes back from there
         with (
             torch.cuda.device(device),
             torch.cuda.stream(torch.cuda.current_stream(device)),
-            _no_garbage_collection(),
-            torch.cuda.graph(graph, pool=pool.handle, stream=side, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=pool.handle, stream=pool.side, capture_error_mode="thread_local"),
         ):
             if room >= max(MUCH_ROOM, MORE_ROOM * pool.room) and _are_places_divided():
                 pool.room = room
-                torch.empty(room + LIBRARY_ROOM, dtype=torch.uint8, device=device)
+                torch.UntypedStorage(room + LIBRARY_ROOM, device=device)  # no torch.empty, as in _after_first
             output = compute()
     except BaseException:
         _pools.pop(key, None)
-        _side_stream.cache_clear()
         with suppress(RuntimeError):  # where PyTorch did that itself
             end_allocations(device, pool.handle)
         with suppress(Exception):
             _end_of_randomness(device)
         raise
     return partial(_replay, graph, pool), output
+
+
+def keeps_memory() -> bool:
+    """Whether what is allocated in a capture stays the graph's: from CUDA's own allocator it would be there in replays
+    alone, and another one may give it to others."""
+    return torch.cuda.get_allocator_backend() == "native"
 
 
 def _are_places_divided() -> bool:
@@ -300,21 +338,9 @@ def _end_of_randomness(device: torch.device) -> None:
     with (
         torch.cuda.device(device),
         torch.cuda.stream(torch.cuda.current_stream(device)),
-        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(device)),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
     ):
         torch.empty(1, device=device).zero_()
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Garbage may hold graphs and events, and to destroy one of them ends a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _replay(graph: torch.cuda.CUDAGraph, pool: "Pool") -> None:
@@ -322,30 +348,32 @@ def _replay(graph: torch.cuda.CUDAGraph, pool: "Pool") -> None:
 
 
 class Pool:
-    """The memory that all graphs of a stream share, since they run one after the other.
+    """What all graphs of a stream share, since they run one after the other: memory, and the stream that they are
+    captured on, to which belongs what cuBLAS works in.
 
     It lives as long as one of them: PyTorch takes no pool again that the last graph has left.
 
     Attributes:
         room: The most bytes that were asked for at once, for all of a graph's tensors.
+        side: The stream to capture on. Whatever anybody launches on it meanwhile would be captured along, and PyTorch
+            gives out the same few streams of a priority again and again: it is of the one that hardly anybody asks for,
+            and no other pool's.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, stream: int):
         self.room = 0
+        taken = {stream, *(pool.side.cuda_stream for pool in _all_pools)}
+        drawn = (torch.cuda.Stream(device, priority=-1) for _ in range(SIDE_STREAMS))
+        self.side = next((side for side in drawn if side.cuda_stream not in taken), None)
+        if self.side is None:
+            raise RuntimeError(f"PyTorch has {SIDE_STREAMS} streams to capture on, and there are graphs of as many")
         with torch.cuda.device(device):
             self.handle = torch.cuda.graph_pool_handle()
+        _all_pools.add(self)
 
 
-_pools: WeakValueDictionary[tuple[torch.device, int], Pool] = WeakValueDictionary()
-
-
-@cache
-def _side_stream(device: torch.device, stream: int) -> torch.cuda.Stream:
-    """To capture on: where nobody else's work is captured along, unless somebody has more than PyTorch's 32 streams.
-
-    Another for each stream that replays, since what the library works in belongs to the stream that captures.
-    """
-    return torch.cuda.Stream(device)
+_all_pools: WeakSet[Pool] = WeakSet()
+_pools: WeakValueDictionary[tuple[torch.device, int], Pool] = WeakValueDictionary()  # of them, where more is captured
 
 
 def stream_of(device: torch.device) -> int:
@@ -373,7 +401,7 @@ def may_run(setting: bool | str, plan: Any, x: Tensor) -> bool:
     """
     if setting is False or not x.numel() or not may_replay(x) or not plan.may_be_captured:
         return False
-    return setting is True or plan.graph_pays(x)
+    return setting is True or (keeps_memory() and plan.graph_pays(x))
 
 
 def may_replay(x: Tensor) -> bool:

@@ -53,6 +53,7 @@ def captures(monkeypatch) -> Captures:
         monkeypatch.setattr(graphs, "on_gpu", lambda x: True)
         monkeypatch.setattr(graphs, "stream_of", lambda device: captures.stream)
         monkeypatch.setattr(graphs, "are_possible", lambda device: True)
+        monkeypatch.setattr(graphs, "keeps_memory", lambda: True)
         monkeypatch.setattr(torch_backend, "capturable", True)
         for name in ("derive_patch_embed", "derive_stage"):  # weights as they are, which a tape can read where they lie
             derive = getattr(torch_backend, name)

@@ -229,7 +229,8 @@ def test_no_copy_is_kept_of_large_images(timm, monkeypatch):
 @pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled:UserWarning")
 def test_what_is_loaded_is_not_filled(timm, monkeypatch):
     """PyTorch can be told to fill memory that it gives out, and does so again at a replay."""
-    monkeypatch.setattr(graphs, "LARGE_INPUT", 0)
+    for name in ("LARGE_INPUT", "MUCH_ROOM"):
+        monkeypatch.setattr(graphs, name, 0)
     model, images = model_and_images(timm)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

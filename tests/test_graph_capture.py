@@ -2,7 +2,6 @@
 
 import gc
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -15,16 +14,28 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+class Streams:
+    """Gives out the same three again and again, as PyTorch does with more."""
+
+    def __init__(self):
+        self.given = 0
+
+    def __call__(self, device, priority=0):
+        self.given += 1
+        return SimpleNamespace(device=device, cuda_stream=100 + self.given % 3)
+
+
 @pytest.fixture
 def nothing_captured(monkeypatch):
     """Stand-ins for all that a capture calls of PyTorch, none of which does anything."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", Streams())
     for name in ("device", "stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda device: nullcontext())
-    monkeypatch.setattr(graphs, "_side_stream", lambda device, stream: None)
     monkeypatch.setattr(graphs, "stream_of", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
 
 
 def test_graphs_of_a_stream_share_a_pool_that_dies_with_them(monkeypatch, nothing_captured):
@@ -49,23 +60,70 @@ def test_graphs_of_a_stream_share_a_pool_that_dies_with_them(monkeypatch, nothin
     assert pools[3] not in pools[:3]
 
 
-def test_a_device_without_a_number_is_the_current_one(monkeypatch):
+def test_a_device_without_a_number_is_the_current_one(monkeypatch, nothing_captured):
     """The current stream is asked for by number, and by it tensors know their device."""
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 10 + index, raising=False)
-    for name in ("device", "stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda device: nullcontext())
-    asked = []
-    monkeypatch.setattr(graphs, "_side_stream", lambda *key: asked.append(key))
+    monkeypatch.setattr(graphs, "stream_of", lambda device: 10 + device.index)
     kept = [graphs.capture(lambda: None, torch.device(name)) for name in ("cuda", "cuda:3", "cuda:1")]
     assert len(kept) == 3
-    assert asked == [(torch.device("cuda:3"), 13)] * 2 + [(torch.device("cuda:1"), 11)]
+    assert set(graphs._pools) == {(torch.device("cuda:3"), 13), (torch.device("cuda:1"), 11)}
 
 
-def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch):
+@pytest.fixture
+def captured_on(monkeypatch, nothing_captured):
+    """Captures a graph for a stream that replays it; gives the number of the stream that captures, and the graph."""
+    sides = []
+
+    def record(graph, pool, stream, capture_error_mode):
+        sides.append(stream.cuda_stream)
+        return nullcontext()
+
+    def capture(stream):
+        monkeypatch.setattr(graphs, "stream_of", lambda device: stream)
+        return graphs.capture(lambda: None, torch.device("cuda:0")), sides[-1]
+
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    return capture
+
+
+def test_no_two_streams_capture_on_the_same(captured_on):
+    """What cuBLAS works in belongs to the stream that captures, and a graph may be captured while others run."""
+    first, side = captured_on(0)
+    second, other = captured_on(1)
+    again, same = captured_on(0)
+    assert same == side != other
+    del second
+    third, of_one_that_is_gone = captured_on(2)
+    assert of_one_that_is_gone != side and None not in (first, again, third)
+
+
+def test_the_stream_that_replays_captures_nothing(captured_on):
+    kept = [captured_on(stream) for stream in (100, 102)]
+    assert [side for _, side in kept] == [101, 100]
+
+
+def test_streams_to_capture_on_run_out(captured_on):
+    kept = [captured_on(stream) for stream in range(3)]
+    assert {side for _, side in kept} == {100, 101, 102}
+    with pytest.raises(RuntimeError, match="PyTorch has 32 streams to capture on, and there are graphs of as many"):
+        captured_on(3)
+    assert captured_on(1)[1] == kept[1][1]
+
+
+@pytest.mark.parametrize("backend", ["cudaMallocAsync", "pluggable"])
+def test_nothing_is_captured_in_memory_of_another_allocator(monkeypatch, nothing_captured, backend):
+    device = torch.device("cuda:0")
+    graphs.capture(lambda: None, device)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    with pytest.raises(RuntimeError, match="PyTorch's own allocator alone"):
+        graphs.capture(lambda: None, device)
+    monkeypatch.setattr(graphs, "on_gpu", lambda x: True)
+    plan = SimpleNamespace(may_be_captured=True, graph_pays=lambda x: True)
+    assert not graphs.may_run("auto", plan, torch.zeros(1))
+    assert graphs.may_run(True, plan, torch.zeros(1))  # so that it says why there is none
+
+
+def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch, nothing_captured):
     """torch.cuda.graph ends the capture before it goes back to the caller's stream, which an error there prevents."""
     current = ["the caller's"]
 
@@ -87,29 +145,22 @@ def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch):
             return
         raise RuntimeError("operation failed due to a previous error during capture")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
-    made, ended, ended_well = [], [], []
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "another stream")
     monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
-    side_stream = cache(lambda device, stream: made.append("a stream") or "the side stream")
-    monkeypatch.setattr(graphs, "_side_stream", side_stream)
-    monkeypatch.setattr(graphs, "stream_of", lambda device: 0)
+    ended, ended_well = [], []
     monkeypatch.setattr(graphs, "end_allocations", lambda device, pool: ended.append(pool))
     device = torch.device("cuda:0")
-    kept = graphs.Pool(device)  # by a graph that there is already
+    kept = graphs.Pool(device, 0)  # by a graph that there is already
     graphs._pools[device, 0] = kept
     with pytest.raises(RuntimeError, match="previous error"):
         graphs.capture(lambda: None, device)
     assert current == ["the caller's"]
-    assert ended == [kept.handle] and ended_well == ["another stream"]
+    assert ended == [kept.handle] and len(ended_well) == 1
     with pytest.raises(RuntimeError, match="previous error"):
         graphs.capture(lambda: None, device)
-    assert ended[1] != kept.handle and len(made) == 2  # neither pool nor stream is taken again
+    assert ended[1] != kept.handle  # no pool is taken again, nor is its stream, which belongs to it
 
 
 def test_no_garbage_is_collected_in_a_capture(nothing_captured):
@@ -134,16 +185,16 @@ def test_much_memory_is_asked_for_at_once(monkeypatch, nothing_captured, room):
         yield
         happened.append("ends")
 
-    class Room:
-        def __init__(self, size, dtype, device):
-            assert dtype == torch.uint8 and device == torch.device("cuda:0")
+    class Room:  # no torch.empty, which can be told to fill what it gives, in the graph
+        def __init__(self, size, device):
+            assert device == torch.device("cuda:0")
             happened.append(size)
 
         def __del__(self):
             happened.append("given back")
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch, "empty", Room)
+    monkeypatch.setattr(torch, "UntypedStorage", Room)
     graphs.capture(lambda: happened.append("computes"), torch.device("cuda:0"), room)
     asked = [room + graphs.LIBRARY_ROOM, "given back"] if room >= graphs.MUCH_ROOM else []
     assert happened == ["begins", *asked, "computes", "ends"]
@@ -153,7 +204,7 @@ def test_much_memory_is_asked_for_at_once(monkeypatch, nothing_captured, room):
 def asked(monkeypatch, nothing_captured):
     """What captures ask for at once."""
     sizes = []
-    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: sizes.append(size - graphs.LIBRARY_ROOM))
+    monkeypatch.setattr(torch, "UntypedStorage", lambda size, device: sizes.append(size - graphs.LIBRARY_ROOM))
     return sizes
 
 

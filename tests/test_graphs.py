@@ -61,6 +61,7 @@ def test_batch_sizes_that_change(model, captures):
 
 def test_the_least_recently_used_is_dropped(model, captures, monkeypatch):
     monkeypatch.setattr(graphs, "KEPT", 2)
+    monkeypatch.setattr(graphs, "PATIENCE", 1)
     fast = optimised(model)
     for batch in (1, 1, 2, 2, 1, 3, 3):  # 3 drops 2
         assert_right(fast, model, images(batch))
@@ -70,6 +71,45 @@ def test_the_least_recently_used_is_dropped(model, captures, monkeypatch):
     assert captures.captured == 3
     assert_right(fast, model, images(2))
     assert captures.captured == 4
+
+
+class TestMoreSizesThanGraphs:
+    """Of the Sequential of stages: where the classifier keeps none for a size, this may."""
+
+    @pytest.fixture
+    def answers_to(self, model, monkeypatch):
+        """Calls with so many images, one after the other."""
+        monkeypatch.setattr(graphs, "KEPT", 2)
+        fast = optimised(model).stages
+
+        def check(*batches):
+            for seed, batch in enumerate(batches):
+                x = model.patch_embed(images(batch, seed=seed))
+                assert relative_rms(fast(x), model.stages(x)) <= 1e-5
+
+        return check
+
+    def test_in_turn_they_do_not_drop_each_other(self, answers_to, captures):
+        """To capture takes longer than a graph saves."""
+        answers_to(*[1, 2, 3] * 2 * graphs.PATIENCE)
+        assert captures.captured == 2
+        assert captures.replayed == 2 * (2 * graphs.PATIENCE - 1)
+
+    def test_one_that_comes_often_drops_one_that_comes_no_more(self, answers_to, captures):
+        answers_to(1, 1, 2, 2, *[3, 2] * graphs.PATIENCE)
+        assert captures.captured == 2
+        answers_to(3)
+        assert captures.captured == 3
+        replayed = captures.replayed
+        answers_to(2, 3, 1)
+        assert (captures.captured, captures.replayed) == (3, replayed + 2)
+
+    def test_one_that_was_forgotten_gives_way(self, answers_to, captures, monkeypatch):
+        """It is known of the last REMEMBERED sizes alone when they came."""
+        monkeypatch.setattr(graphs, "KEPT", 1)
+        monkeypatch.setattr(graphs, "REMEMBERED", 1)
+        answers_to(1, 1, *[2] * (graphs.PATIENCE + 1))
+        assert captures.captured == 2
 
 
 def test_signatures_seen_once_are_forgotten(model, captures, monkeypatch):
@@ -179,11 +219,12 @@ def test_threads_on_one_stream(model, captures):
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="which memory graphs share is PyTorch's choice")
 def test_modules_on_one_stream_take_turns(captures, monkeypatch):
     """The graphs of a stream share their memory: at worst one module's replay writes where another's output lies."""
-    memory = torch.empty(1, 1, 4, 4)
+    memory, replays = torch.empty(1, 1, 4, 4), []
 
     def capture(compute, device, room):
         def replay():
             memory.copy_(compute())
+            replays.append(None)
             time.sleep(1e-4)  # for another thread to come in
 
         return replay, memory
@@ -194,7 +235,7 @@ def test_modules_on_one_stream_take_turns(captures, monkeypatch):
     def work(value):
         module, x = graphs.Graphs(), torch.full((1, 1, 4, 4), float(value))
         for _ in range(50):
-            out = module.run(x, "kind", lambda: (), lambda reads, x: x + 1, lambda: x + 1)
+            out = module.run(x, "kind", lambda: (), lambda reads, held: held.pop() + 1, lambda: x + 1)
             wrong.extend([] if torch.equal(out, x + 1) else [out])
 
     threads = [threading.Thread(target=work, args=(value,)) for value in range(4)]
@@ -203,6 +244,7 @@ def test_modules_on_one_stream_take_turns(captures, monkeypatch):
     for thread in threads:
         thread.join()
     assert not wrong
+    assert len(replays) == 4 * 49
 
 
 def test_modes(model, captures):
