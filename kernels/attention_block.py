@@ -24,9 +24,9 @@ from .launch import (
     check_weight,
     launch,
     operator,
+    persistent,
     precision,
     precision_name,
-    units,
 )
 from .tiles import add_rows, begin, dot, layer_norm, load_rows, load_transposed, store_rows, vector_rows
 from .warpgroups import has_warpgroups
@@ -243,7 +243,7 @@ def attention_block(
     if chosen.blocks.get("use") == "warpgroups":
         for name in ("HEAD_DIM", "BLOCK_D"):
             del constants[name]
-        programs = min(windows, PER_UNIT * units(x.device))
+        programs = persistent(windows, x.device, PER_UNIT)
         launch(attention_kernel, programs, *arguments, batch, eps, config=chosen, **constants | chosen.sizes)
         return out
     launch(

@@ -106,6 +106,14 @@ def units(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def persistent(tasks: int, device: torch.device, per_unit: int = 1) -> int:
+    """How many programs stay and go from task to task: so many to a multiprocessor, or as many as there are tasks.
+
+    While a model is traced for any size that is a symbol, which nothing may be asked: to compare it is to fix it.
+    """
+    return min(tasks, per_unit * units(device)) if isinstance(tasks, int) else tasks
+
+
 def left_to_pytorch(*args: Any, config: Config, **constants: Any) -> None:
     """Note, where launches are recorded, that PyTorch's own library computes this one."""
     if _recording is not None and (args[0].is_meta or isinstance(args[0], FakeTensor)):

@@ -25,9 +25,9 @@ from .launch import (
     launch,
     left_to_pytorch,
     operator,
+    persistent,
     precision,
     precision_name,
-    units,
 )
 from .tiles import INTERPRETED, begin, dot, gelu, load_transposed, prefetch_rows
 
@@ -160,7 +160,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     if stays and can_be_described(x, weight, out):
         launch(
             _persistent_linear_kernel,
-            min(tiles, chosen.blocks["PER_UNIT"] * units(x.device)),
+            persistent(tiles, x.device, chosen.blocks["PER_UNIT"]),
             described(x.view(rows, k), [block_m, block_k]),
             described(weight, [block_n, block_k]),
             weight if bias is None else bias,

@@ -21,9 +21,9 @@ from .launch import (
     check_vectors,
     launch,
     operator,
+    persistent,
     precision,
     precision_name,
-    units,
 )
 from .mlp_warpgroups import fits, mlp_kernel
 from .tiles import (
@@ -232,7 +232,7 @@ def mlp_block(
     )
     sizes = {"C": channels, "HIDDEN": hidden, "EXTRA_NORM": has_extra}
     if chosen.blocks.get("use") == "warpgroups":
-        programs = min(cdiv(rows, 16 * chosen.num_warps), units(x.device))
+        programs = persistent(cdiv(rows, 16 * chosen.num_warps), x.device)
         launch(mlp_kernel, programs, *arguments, config=chosen, **sizes | chosen.sizes)
         return out
     launch(

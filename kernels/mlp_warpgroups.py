@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language import debug_barrier
 from triton.language import range as loop
 
+from .configs import cdiv
 from .tiles import gelu, hash_now
 from .warpgroups import (
     RUN,
@@ -30,10 +31,13 @@ from .warpgroups import (
     store_rows,
 )
 
+LARGEST_TILE = 128  # of CHUNK and WIDE
+
 
 def fits(channels: int, hidden: int) -> bool:
-    """Whether the kernel takes an MLP, of 16-bit numbers: whole tiles, and room for all of its weights."""
-    return channels % RUN == hidden % RUN == 0 and 4 * channels * hidden <= SHARED
+    """Whether the kernel takes an MLP, of 16-bit numbers: whole tiles, and room for all weights as WIDE pads them."""
+    padded = cdiv(channels, LARGEST_TILE) * LARGEST_TILE
+    return channels % RUN == hidden % LARGEST_TILE == 0 and 2 * hidden * (channels + padded) <= SHARED
 
 
 @gluon.jit(do_not_specialize=["rows"])

@@ -88,7 +88,7 @@ DESCRIBED = {  # whole and cut tiles, more and fewer of them than programs
 @contextmanager
 def two_programs():
     """Persistent programs, so few of them that each has several tiles."""
-    with mock.patch.object(module, "units", lambda device: 2), blocks(**PERSISTENT):
+    with mock.patch.object(launch, "units", lambda device: 2), blocks(**PERSISTENT):
         yield
 
 
@@ -228,7 +228,7 @@ OF_PERSISTENT = {
 @pytest.mark.parametrize("name", OF_PERSISTENT)
 def test_mutants_of_persistent_programs_fail(name, tmp_path):
     wrong = mutant(tmp_path, module, module, *OF_PERSISTENT[name])
-    with mock.patch.object(wrong, "units", lambda device: 2), blocks(**PERSISTENT):
+    with mock.patch.object(launch, "units", lambda device: 2), blocks(**PERSISTENT):
         assert_fails(wrong.linear, ops.linear, arguments(*DESCRIBED["tails"], torch.float16), torch.float16)
 
 
