@@ -2,8 +2,7 @@
 
 A backend is a module with ``derive_patch_embed``, ``patch_embed``, ``derive_stage``, ``stage`` and ``describe``, as
 ``torch_backend`` defines them: the derive functions make what they need of the parameters, once per weights. Where it
-is ``capturable`` a CUDA graph may be made of it, and ``graph_pays`` says for which inputs that pays. Where it
-``may_fail`` another computes in its place when it does.
+is ``capturable`` a CUDA graph may be made of it. Where it ``may_fail`` another computes in its place when it does.
 """
 
 from types import ModuleType

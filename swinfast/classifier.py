@@ -62,12 +62,11 @@ class ClassifierPlan:
     def may_be_captured(self) -> bool:
         return self.patch_embed.may_be_captured and self.stages.may_be_captured
 
-    def graph_pays(self, images: Tensor) -> bool:
-        """By the input of the first stage, as where the stages are called by themselves."""
+    def work(self, images: Tensor) -> int:
+        """Numbers of the first stage's input."""
         proj = self.patch_embed.spec.proj
         patches = images.shape[2] // proj.kernel_size[0] * (images.shape[3] // proj.kernel_size[1])
-        first = self.stages.plans[0]
-        return first.backend.graph_pays(len(images) * patches * proj.out_channels, images.device, proj.weight.dtype)
+        return len(images) * patches * proj.out_channels
 
 
 def _is_known(model: nn.Module) -> bool:
@@ -141,7 +140,7 @@ class FusedClassifier(FusedWhole):
         plan = self.plan()
         if plan is None or self._is_unchecked() or needs_grad(x, plan.parameters):
             return super().forward(x)
-        if not graphs.may_run(self._swinfast.cuda_graphs, plan, x):
+        if not graphs.may_run(self._swinfast.cuda_graphs, plan, x, plan.work(x)):
             return super().forward(x)
         kind = kind_of(x)
         return plan.graphs.run(

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from .errors import in_a_line, is_out_of_memory
 from .memory import LiveBytes
 
+GPU_PART = 80 << 20  # numbers of the residual stream that are worked on at a time on a GPU: more than fills it
 KEPT = 8  # graphs of one module
 PATIENCE = 8  # calls with a signature since another's graph was last used, until it takes that one's place
 REMEMBERED = 64  # signatures
@@ -391,17 +392,17 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def may_run(setting: bool | str, plan: Any, x: Tensor) -> bool:
+def may_run(setting: bool | str, plan: Any, x: Tensor, work: int) -> bool:
     """Whether a module is to run by a graph.
 
     Args:
-        setting: As ``optimize`` takes it: True, False, or "auto" for where the table of work sizes says that it pays.
+        setting: As ``optimize`` takes it: True, False, or "auto" for up to as much work as goes through in one part.
         plan: The module's.
-        x: Its input.
+        x: Its input; work: the numbers of the first stage's.
     """
     if setting is False or not x.numel() or not may_replay(x) or not plan.may_be_captured:
         return False
-    return setting is True or (keeps_memory() and plan.graph_pays(x))
+    return setting is True or (keeps_memory() and work <= GPU_PART)
 
 
 def may_replay(x: Tensor) -> bool:

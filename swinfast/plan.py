@@ -95,10 +95,6 @@ class Plan:
         """Whether all that a CUDA graph would read stays in its place for as long as the plan holds."""
         return self.backend is not None and self.backend.capturable and self._counts_edits
 
-    def graph_pays(self, x: Tensor) -> bool:
-        """Whether launches take longer than what is computed, by the backend's table."""
-        return self.backend.graph_pays(x.numel(), self.parameters[0].device, self.parameters[0].dtype)
-
     def derived(self, kind: Hashable, derive: Callable[[Any], Any]) -> Any:
         """derive(spec), made once for each kind and state of the weights, and where it was before if that can be.
 
@@ -162,10 +158,6 @@ class SequencePlan:
     @property
     def may_be_captured(self) -> bool:
         return all(plan.may_be_captured for plan in self.plans)
-
-    def graph_pays(self, x: Tensor) -> bool:
-        """By the input of the first module: those of the others are smaller."""
-        return self.plans[0].graph_pays(x)
 
 
 def overwrite(old: Any, new: Any) -> bool:

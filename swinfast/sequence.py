@@ -16,8 +16,6 @@ from .fused import Fused, FusedComputation, FusedStage, Settings
 from .plan import Plan, SequencePlan
 from .recompute import FusedForward
 
-GPU_PART = 80 << 20  # numbers of the residual stream that are worked on at a time on a GPU: more than fills it
-
 
 class FusedWhole(Fused):
     """Modules that run as one: their plan has the graphs of the whole."""
@@ -98,7 +96,7 @@ class FusedStages(FusedWhole):
         return tuple(stage.tables(one, kind) for stage, one in zip(self, plan.plans, strict=True))
 
     def fused_forward(self, plan: SequencePlan, x: Tensor) -> Tensor:
-        if not self._is_unchecked() and graphs.may_run(self._swinfast.cuda_graphs, plan, x):
+        if not self._is_unchecked() and graphs.may_run(self._swinfast.cuda_graphs, plan, x, x.numel()):
             kind = kind_of(x)
             return plan.graphs.run(
                 x,
@@ -154,7 +152,7 @@ class FusedStages(FusedWhole):
 
 def _in_parts(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """run(x), some images at a time, about as many each time; it maps [B, C, H, W] to [B, C', H', W']."""
-    parts = -(-x.shape[0] // max(1, GPU_PART // max(1, x[:1].numel())))
+    parts = -(-x.shape[0] // max(1, graphs.GPU_PART // max(1, x[:1].numel())))
     if parts <= 1:
         return run(x)
     whole, done = None, 0

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from .autocast import without_autocast
 from .constants import constant, vector
-from .kernels.configs import config
-from .kernels.launch import DTYPES, INTERPRETED, arch_of, precision_name
+from .kernels.launch import DTYPES, INTERPRETED, arch_of
 from .kernels.norm_residual import LARGEST_CHANNELS
 from .kernels.patch_embed import IMAGE_DTYPES
 from .kernels.patch_embed import patch_embed as embed
@@ -151,12 +150,6 @@ def stage(spec: StageSpec, tables: StageTables, x: Tensor) -> Tensor:
         if tables.merge is not None:
             held = [run_merge(tables.merge, held.pop())]
         return run_blocks(tables.blocks, held.pop()).to(given)
-
-
-def graph_pays(elements: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether launching the kernels for an input of so many numbers would take longer than they compute."""
-    chosen = config("launches", arch_of(device), precision_name(dtype), elements=elements)
-    return chosen.blocks["use"] == "graph"
 
 
 def describe(spec: PatchEmbedSpec | MergeSpec | BlockSpec, dtype: torch.dtype, device: torch.device) -> str:

@@ -60,7 +60,6 @@ def captures(monkeypatch) -> Captures:
             monkeypatch.setattr(
                 torch_backend, name, lambda spec, traced, autocast, derive=derive: derive(spec, True, autocast)
             )
-        monkeypatch.setattr(torch_backend, "graph_pays", lambda elements, device, dtype: True, raising=False)
     return captures
 
 

@@ -15,7 +15,7 @@ from graph_captures import DEVICE, TINY, assert_right, edit, images, optimised, 
 from helpers import THREE, make, relative_rms
 
 import swinfast
-from swinfast import graphs, plan, torch_backend, triton_backend
+from swinfast import graphs, plan, torch_backend
 from swinfast.backends import Choice
 from swinfast.specs import StageSpec
 
@@ -330,22 +330,13 @@ def test_graphs_that_are_there_go_on_after_a_failure(model, captures, monkeypatc
 
 
 def test_settings(model, captures, monkeypatch):
-    backend = triton_backend if DEVICE.type == "cuda" else torch_backend
     for setting, pays, count in (("auto", True, 1), ("auto", False, 0), (True, False, 1), (False, True, 0)):
-        monkeypatch.setattr(backend, "graph_pays", lambda elements, device, dtype, pays=pays: pays)
+        monkeypatch.setattr(graphs, "GPU_PART", images().numel() * 64 if pays else 1)
         captures.captured = 0
         fast = optimised(model, cuda_graphs=setting)
         for _ in range(3):
             assert_right(fast, model, images())
         assert captures.captured == count
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_where_a_graph_pays(dtype):
-    """Of the tiny model's images of 224 x 224."""
-    meta = torch.device("meta")
-    pays = {batch: triton_backend.graph_pays(batch * 96 * 56 * 56, meta, dtype) for batch in (1, 8, 256, 512)}
-    assert pays == {1: True, 8: True, 256: True, 512: False}
 
 
 def test_stages_called_alone(timm, captures):

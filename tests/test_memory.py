@@ -8,6 +8,7 @@ from helpers import small_model_args
 import swinfast
 from swinfast import graphs
 from swinfast.calls import kind_of
+from swinfast.classifier import _embed
 from swinfast.memory import LiveBytes
 from swinfast.torch_linear import has_native_bfloat16
 
@@ -33,7 +34,7 @@ def test_live_bytes():
 
 def in_a_graph_of(fast, plan, tables, images):
     """What a graph computes of large images, whose first step puts what it makes into the graph's memory."""
-    return fast._compute(plan, tables, [fast._embed(plan.patch_embed, tables, images, None)])
+    return fast._compute(plan, tables, [_embed(fast.patch_embed, plan.patch_embed, tables, images, None)])
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_at_most_a_third_of_the_plain_models(timm, name, in_a_graph, monkeypatch
 
     third = peak(model, images) / 3
     assert 0 < peak(part_by_part, images) <= third
-    assert plan.graph_pays(images) is in_a_graph
+    assert (plan.work(images) <= graphs.GPU_PART) is in_a_graph
     if in_a_graph:
         monkeypatch.setattr(graphs, "may_run", lambda *_: True)
         monkeypatch.setattr(graphs, "stream_of", lambda device: 0)
