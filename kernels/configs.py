@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).with_name("configs")
 MANY = 1 << 31  # rows
+LARGEST_TILE = 4096  # channels
 NO_SIZES = ("maxnreg", "OVERLAPPED")  # among blocks
 
 
@@ -142,12 +143,12 @@ def power_of_two(size: int) -> int:
     return 1 << (int(size) - 1).bit_length()
 
 
-def columns(channels: int, largest: int = 4096) -> tuple[int, int]:
+def columns(channels: int) -> tuple[int, int]:
     """How a row of channels is cut into one to three tiles of a power of two: (tile, tiles), the fewest wasted.
 
     96 * 2^k channels are three tiles with nothing wasted.
     """
-    return _columns(int(channels), largest)
+    return _columns(int(channels))
 
 
 def at_most(rows: int) -> int:
@@ -166,10 +167,10 @@ def row_tiles(chosen: Config, channels: int) -> dict[str, int]:
 
 
 @cache
-def _columns(channels: int, largest: int) -> tuple[int, int]:
+def _columns(channels: int) -> tuple[int, int]:
     choices = []
     for count in (1, 2, 3):
         tile = max(16, power_of_two(cdiv(channels, count)))
         choices.append((tile * count, count, tile))
-    _, count, tile = min(choice for choice in choices if choice[2] <= largest)
+    _, count, tile = min(choice for choice in choices if choice[2] <= LARGEST_TILE)
     return tile, count

@@ -40,7 +40,6 @@ FORMS = {  # parts of a stage, and the kernels that can compute them
     "mlp_half": {"linear", "mlp_block", "mlp_parts"},
     "mlp_output": {"linear", "linear_norm_residual"},
 }
-CHOICES = FORMS | {"launches": {"graph", "single"}}
 SHAPES = {  # what a kernel's rows are matched by
     "linear": {"k", "n", "gelu", "rows"},
     "linear_norm_residual": {"channels", "k", "stream_bytes", "rows"},
@@ -54,7 +53,6 @@ SHAPES = {  # what a kernel's rows are matched by
     "qkv_attention": {"channels", "tokens", "block_d", "stream_bytes", "rows"},
     "attention_parts": {"channels", "tokens", "block_d", "stream_bytes", "rows"},
     **{form: {"channels", "tokens", "rows"} for form in FORMS},
-    "launches": {"elements"},
 }
 TABLES = {
     "sm_1": [
@@ -159,9 +157,9 @@ def test_tables(file):
         assert set(row["precision"]) <= set(PRECISIONS), row
         assert {key.removesuffix("_max") for key in row.get("when", {})} <= SHAPES[row["kernel"]], row
         assert row["source"].strip(), row
-        if row["kernel"] in CHOICES:
+        if row["kernel"] in FORMS:
             assert row["blocks"].keys() == {"use"}, row
-            assert row["blocks"]["use"] in CHOICES[row["kernel"]], row
+            assert row["blocks"]["use"] in FORMS[row["kernel"]], row
             if row["blocks"]["use"] in ("attention_block", *BOTH_LAYOUTS):  # a window is one tile there
                 tokens = row["when"].get("tokens", row["when"].get("tokens_max"))
                 assert max(tokens if isinstance(tokens, list) else [tokens]) <= LARGEST_TILE, row
