@@ -18,7 +18,7 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "norm_residual": {"BLOCK_M": (1, 2, 4, 8, 16, 32), "num_warps": (1, 2, 4, 8, 16), "num_stages": (1,)},
     "mlp_block": {
-        "BLOCK_M": (16, 32, 64, 128), "BLOCK_HIDDEN": (16, 32, 64, 128), "AHEAD": (0, 1, 2), "num_warps": (4, 8, 16),
+        "BLOCK_M": (16, 32, 64, 128), "BLOCK_HIDDEN": (16, 32, 64, 128), "AHEAD": (0, 2), "num_warps": (4, 8, 16),
         "num_stages": (1, 2, 3),
     },
     "patch_embed": {

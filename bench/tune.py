@@ -51,7 +51,7 @@ from swinfast.pipeline import resolve_device
 FINALISTS = 3  # that run against the present choice
 FEW_IMAGES = 8  # up to which kernels are timed in whole forwards
 AHEAD = 4  # targets whose candidates are being compiled
-COMPILE_WAIT = 60.0  # seconds for the candidates of one target: a compiler can take minutes over a hopeless one
+TARGET_WAIT = 60.0  # seconds for the candidates of one target: a compiler can take minutes over a hopeless one
 
 Wait = Callable[[float], list[str]]
 
@@ -203,7 +203,7 @@ def sweep(
                     tried = candidates(ahead.kernel, dict(ahead.sizes), ahead.precision, ahead.present, arch, most)
                     started[str(ahead)] = tried, compile_target(ahead, tried, arch, pool)
             tried, wait = started[str(target)]
-            refused = wait(min(COMPILE_WAIT, max(0.0, deadline - time.monotonic())))
+            refused = wait(min(TARGET_WAIT, max(0.0, deadline - time.monotonic())))
             if time.monotonic() > deadline:
                 print(f"out of time: left for --resume: {len(todo)} targets")
                 break

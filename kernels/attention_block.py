@@ -141,7 +141,11 @@ def _add_head(
     # what the keys count for sums up to one, so the bias of each v is that of the sum
     attended = attended * share[:, None] + v_bias.to(tl.float32)[None, :]
     attended = attended.to(dtype)
-    weights = _proj_weights(proj_weight, head, HEADS, HEAD_DIM, BLOCK_D, TILE, COUNT)
+    k = head * HEAD_DIM + tl.arange(0, BLOCK_D)  # past the head's channels, where it attends to zeros
+    weights = ()
+    for t in tl.static_range(COUNT):
+        column = t * TILE + tl.arange(0, TILE)
+        weights = weights + (load_transposed(proj_weight, column, k, C, C, HEAD_DIM == BLOCK_D and TILE * COUNT == C),)
     summed = ()
     for t in tl.static_range(COUNT):
         summed = summed + (dot(attended, weights[t], acc[t], PRECISION),)
@@ -155,26 +159,6 @@ def _qkv_weights(weight, n, C: tl.constexpr, TILE: tl.constexpr, COUNT: tl.const
     for t in tl.static_range(COUNT):
         column = t * TILE + tl.arange(0, TILE)
         tiles = tiles + (load_transposed(weight, n, column, 3 * C, C, WHOLE and TILE * COUNT == C),)
-    return tiles
-
-
-@triton.jit
-def _proj_weights(
-    weight, head, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
-    COUNT: tl.constexpr,
-):  # fmt: skip
-    """The columns of one head of the projection's weights [C, C], transposed."""
-    C: tl.constexpr = HEADS * HEAD_DIM
-    d = tl.arange(0, BLOCK_D)
-    tiles = ()
-    for t in tl.static_range(COUNT):
-        column = t * TILE + tl.arange(0, TILE)
-        pointers = weight + column[None, :] * C + (head * HEAD_DIM + d)[:, None]
-        if HEAD_DIM == BLOCK_D and TILE * COUNT == C:
-            w = tl.load(pointers)
-        else:
-            w = tl.load(pointers, mask=(column < C)[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
-        tiles = tiles + (w,)
     return tiles
 
 

@@ -29,7 +29,7 @@ from .launch import (
     precision,
     precision_name,
 )
-from .tiles import INTERPRETED, begin, dot, gelu, load_transposed, prefetch_rows
+from .tiles import begin, dot, gelu, load_transposed
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -50,14 +50,12 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     OVERLAPPED: tl.constexpr = False,
 ):
+    begin(OVERLAPPED)
     # neighbouring programs share a block of x, which is read once; all of the weights stay in the L2 cache
     program = tl.program_id(0)
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     row = (program // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = (program % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if OVERLAPPED and not INTERPRETED:  # the weights can be on their way while x is being computed
-        prefetch_rows(program < blocks_n, weight, column, N, K)
-    begin(OVERLAPPED)
     inside = row < rows
     x_rows = x + row.to(tl.int64)[:, None] * K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -130,10 +130,10 @@ def _mlp_block_kernel(
     AHEAD: tl.constexpr = 0,
     OVERLAPPED: tl.constexpr = False,
 ):
-    """AHEAD: by how many chunks fc1 is ahead of fc2.
+    """AHEAD: by how many chunks fc1 is ahead of fc2, 0 or 2.
 
-    With 1, a chunk gets its GELU while the tensor cores multiply the chunk before it by fc2; with 2, also while they
-    multiply the chunk after it by fc1. Either takes the registers of one more chunk.
+    With 2, a chunk gets its GELU while the tensor cores multiply the chunk before it by fc2, and that after it by fc1.
+    That takes the registers of one more chunk.
     """
     begin(OVERLAPPED)
     COVER: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
@@ -141,7 +141,7 @@ def _mlp_block_kernel(
     WHOLE: tl.constexpr = TILE * COUNT == C and HIDDEN == END
     # Products begin with the bias, which saves an addition. Not so where they go on during a GELU: the compiler would
     # then wait for each of them.
-    BIAS_FIRST: tl.constexpr = AHEAD < 2
+    BIAS_FIRST: tl.constexpr = AHEAD == 0
     first = tl.program_id(0) * BLOCK_M
     row = tl.arange(0, BLOCK_M)
     inside = first + row < rows
@@ -156,24 +156,14 @@ def _mlp_block_kernel(
     else:
         hidden = _fc1(tiles, fc1_weight, fc1_bias, 0, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
         activated = gelu(hidden, EXACT_GELU)
-        if AHEAD == 1:
-            for start in range(BLOCK_HIDDEN, END, BLOCK_HIDDEN):
-                hidden = _fc1(tiles, fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
-                acc = _fc2(acc, activated, fc2_weight, start - BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, True)
-                activated = gelu(hidden, EXACT_GELU)
-        else:
-            hidden = _fc1(
-                tiles, fc1_weight, fc1_bias, BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST
-            )
-            for start in range(2 * BLOCK_HIDDEN, END, BLOCK_HIDDEN):
-                following = _fc1(
-                    tiles, fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST
-                )
-                acc = _fc2(acc, activated, fc2_weight, start - 2 * BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, True)
-                activated = gelu(hidden, EXACT_GELU)
-                hidden = following
-            acc = _fc2(acc, activated, fc2_weight, END - 2 * BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, False)
+        hidden = _fc1(tiles, fc1_weight, fc1_bias, BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
+        for start in range(2 * BLOCK_HIDDEN, END, BLOCK_HIDDEN):
+            following = _fc1(tiles, fc1_weight, fc1_bias, start, C, HIDDEN, WHOLE, PRECISION, BLOCK_HIDDEN, BIAS_FIRST)
+            acc = _fc2(acc, activated, fc2_weight, start - 2 * BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, True)
             activated = gelu(hidden, EXACT_GELU)
+            hidden = following
+        acc = _fc2(acc, activated, fc2_weight, END - 2 * BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, False)
+        activated = gelu(hidden, EXACT_GELU)
         acc = _fc2(acc, activated, fc2_weight, END - BLOCK_HIDDEN, C, HIDDEN, WHOLE, PRECISION, False)
     acc = layer_norm(acc, norm_weight, norm_bias, eps, C, TILE, COUNT)
     tiles = load_rows(x + first + row * C, inside, C, TILE, COUNT, AGAIN=True)

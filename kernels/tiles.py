@@ -27,22 +27,6 @@ def begin(OVERLAPPED: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(wanted, matrix, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where wanted, ask for rows of a matrix [ROWS, COLUMNS] in the L2 cache, line by line.
-
-    Nothing is read by that, so it may come before the wait for a kernel that writes the matrix.
-    """
-    LINE: tl.constexpr = 1024 // matrix.dtype.element_ty.primitive_bitwidth  # numbers in 128 bytes
-    LINES: tl.constexpr = triton.next_power_of_2((COLUMNS + LINE - 1) // LINE)
-    if wanted:
-        column = tl.minimum(tl.arange(0, LINES) * LINE, COLUMNS - 1)
-        places = (matrix + tl.minimum(row, ROWS - 1)[:, None] * COLUMNS + column[None, :]).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; // $0", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, accumulated in float32.
 

@@ -146,7 +146,6 @@ MUTANTS = {
     "slots past the window not masked":
         ("tiny", windows, "inside = i < WINDOW_H * WINDOW_W", "inside = i >= 0"),
     "padded tokens not masked": ("padded", windows, "if PADDED:", "if False:"),
-    "head tail of the projection": ("padded", module, "if HEAD_DIM == BLOCK_D and TILE * COUNT == C:", "if True:"),
     "head tail of q and k": ("padded", module, "tl.where(two % BLOCK_D < HEAD_DIM,", "tl.where(two >= 0,"),
     "q and k swapped": ("tiny", module, "two // BLOCK_D * C", "(1 - two // BLOCK_D) * C"),
     "edges of W not masked": ("padded", tiles, "if WHOLE:", "if True:"),
