@@ -22,7 +22,7 @@ from helpers import randomise, write_image
 from PIL import Image, ImageFile
 
 import swinfast
-from swinfast.batch.parts import OLDER, ResumeError
+from swinfast.batch.parts import ResumeError
 from swinfast.batch.share import StrictError
 
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -202,16 +202,6 @@ def test_errors_of_a_finished_run_that_are_gone(make, images, tmp_path):
     assert errors.read_bytes() == expected
 
 
-def test_a_run_of_before_there_were_more_settings(make, images, tmp_path):
-    make().write(images, tmp_path / "out.csv", part_size=4)
-    manifest = tmp_path / "out.csv.manifest.json"
-    content = json.loads(manifest.read_text(encoding="utf-8"))
-    for name in OLDER:
-        del content["settings"][name]
-    manifest.write_text(json.dumps(content), encoding="utf-8")
-    assert make().write(images, tmp_path / "out.csv", **SMALL_PARTS).done_now == 0
-
-
 @pytest.mark.parametrize("name", ["00000000.embedding.npy", "00000000.index.csv", "00000000.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "overwritten"])
 def test_damaged_part(make, images, tmp_path, name, damage):
@@ -234,16 +224,6 @@ def test_damaged_part(make, images, tmp_path, name, damage):
     assert output.read_bytes() == expected.read_bytes()
     index = output.with_suffix(".index.csv").read_text()
     assert index == expected.with_suffix(".index.csv").read_text()
-
-
-def test_records_of_before_they_had_sizes(make, images, tmp_path):
-    with pytest.raises(StrictError):
-        make().write([*images[:3], *images[4:]], tmp_path / "out.csv", strict=True, **SMALL_PARTS)
-    (record,) = tmp_path.glob("out.csv.parts/0*.json")
-    content = json.loads(record.read_text(encoding="utf-8"))
-    del content["sizes"]
-    record.write_text(json.dumps(content), encoding="utf-8")
-    assert make().write([*images[:3], *images[4:]], tmp_path / "out.csv", **SMALL_PARTS).done_now == 11
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

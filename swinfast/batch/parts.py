@@ -26,15 +26,6 @@ except ImportError:  # Windows
     fcntl = None
 
 MANIFEST = "manifest.json"
-OLDER = {  # settings that manifests did not always name, as they were unless somebody had chosen others
-    "members": "*",
-    "autocast": "None",
-    "cuda_float32_precision": "ieee",
-    "cpu_float32_precision": "ieee",
-    "max_image_pixels": 2**30 // 12,
-    "load_truncated_images": False,
-    "bomb_warning_is_error": False,
-}
 # Names in a folder of parts.
 OWN = re.compile(r"(\d{8}|whole|(.+\.)?manifest)(\.\w+)?\.(json|jsonl|csv|npy|parquet)(\.\d+)?")
 
@@ -51,7 +42,7 @@ class Record:
         images: How many.
         digest: Of their names.
         failures: Those that failed, with reasons.
-        sizes: Of the part's files, by name, in bytes; older records have none.
+        sizes: Of the part's files, by name, in bytes.
     """
 
     images: int
@@ -253,8 +244,7 @@ class Parts:
         shutil.rmtree(self._done, ignore_errors=True)
 
     def _check(self, content: Mapping[str, Any], where: Path) -> None:
-        old = OLDER | content["settings"]
-        if said := differences(old, self.settings):
+        if said := differences(content["settings"], self.settings):
             raise ResumeError(f"{where} can't be resumed: {said}; go back to that, or start anew without resuming")
 
     def _unwritable(self, error: OSError) -> OSError:
