@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import cpu_attention, window_order
 from .constants import constant, vector
 from .cpu_attention import ExponentTable, Scratch
-from .reference.ops import MASK_VALUE, MAX_LOGIT_SCALE, NORM_EPS, window_types
+from .reference.ops import MASK_VALUE, MAX_LOGIT_SCALE, NORM_EPS, window_masks, window_types
 from .specs import BlockSpec, ImageScale, MergeSpec, PatchEmbedSpec, Size, StageSpec
 from .torch_linear import Linear, can_pack, has_native_bfloat16, make_linear
 from .window_order import WindowOrder
@@ -223,11 +223,7 @@ def _bias_table(block: BlockSpec, dtype: torch.dtype) -> Tensor:
     bias = bias[row[:, None] - row + wh - 1, column[:, None] - column + ww - 1].permute(2, 0, 1)
     if block.shift == (0, 0):
         return bias.contiguous()
-    row_side, column_side = (row + block.shift[0]) // wh, (column + block.shift[1]) // ww  # 1 past the seam, else 0
-    across_rows = row_side[:, None] != row_side
-    across_columns = column_side[:, None] != column_side
-    masks = torch.stack([torch.zeros_like(across_rows), across_rows, across_columns, across_rows | across_columns])
-    return bias + masks[:, None].to(dtype) * MASK_VALUE
+    return bias + window_masks(block.window, block.shift, device)[:, None].to(dtype) * MASK_VALUE
 
 
 def stage(spec: StageSpec, tables: StageTables, x: Tensor) -> Tensor:

@@ -219,8 +219,8 @@ def test_pictures_show_no_engine_of_an_earlier_run(drawn, tmp_path):
     assert [bar.get_height() for bar in bars.patches] == [2.0]
 
 
-def kernel(name="linear", rate="100", intensity="50", dtype="float16", shape="a") -> dict[str, str]:
-    cells = {"kernel": name, "shape": shape, "dtype": dtype, "device": "NVIDIA H100 80GB HBM3"}
+def kernel(name="linear", rate="100", intensity="50", dtype="float16") -> dict[str, str]:
+    cells = {"kernel": name, "shape": "a", "dtype": dtype, "device": "NVIDIA H100 80GB HBM3"}
     return cells | {"tflop_per_s": rate, "intensity": intensity}
 
 

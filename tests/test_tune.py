@@ -18,7 +18,6 @@ from bench.candidates import GRIDS, candidates
 from bench.targets import Log, find_targets
 
 ABOUT = {"device": "a card", "torch": "1", "triton": "2", "source": "measured"}
-PRESENT = Config({"BLOCK_M": 8}, 4, 1, "a test")
 CPU = torch.device("cpu")
 
 
