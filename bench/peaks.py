@@ -13,7 +13,7 @@ from swinfast.kernels.shapes import PRECISIONS
 from tabulate import tabulate
 
 from bench.cases import tf32_setting
-from swinfast import graphs
+from swinfast.capture import capture
 from swinfast.measurements import provenance
 from swinfast.pipeline import resolve_device
 
@@ -52,7 +52,7 @@ def launches_of(function: Callable[[], object], device: torch.device) -> Callabl
     if device.type != "cuda":
         return function
     function()  # a first launch loads the kernel, which a capture does not allow
-    replay, _ = graphs.capture(function, device)
+    replay, _ = capture(function, device)
 
     def launch(reads: object = function) -> None:  # whose tensors must stay for as long as the graph
         replay()

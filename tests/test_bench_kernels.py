@@ -366,7 +366,7 @@ def test_compiled_definitions_come_while_there_is_time(monkeypatch):
 
 
 def test_a_graph_keeps_what_it_reads(monkeypatch):
-    monkeypatch.setattr(peaks.graphs, "capture", lambda function, device: (lambda: None, function()))
+    monkeypatch.setattr(peaks, "capture", lambda function, device: (lambda: None, function()))
     x = torch.ones(1)
     kept = weakref.ref(x)
     launch = peaks.launches_of(partial(torch.neg, x), torch.device("cuda"))

@@ -14,7 +14,7 @@ from swinfast.kernels.linear import linear
 from swinfast.kernels.window_attention import padded_size, window_attention
 
 import swinfast
-from swinfast import graphs
+from swinfast import capture, graphs
 from swinfast.benchmark import PeakMemory
 
 pytestmark = [
@@ -183,10 +183,10 @@ def test_captured_by_the_caller_without_tables(timm):
 def test_a_capture_that_fails_spoils_no_other():
     device = torch.device("cuda", torch.cuda.current_device())
     x = torch.ones(4, device=device)
-    replay, doubled = graphs.capture(lambda: x * 2, device)  # has the pool that the others share
+    replay, doubled = capture.capture(lambda: x * 2, device)  # has the pool that the others share
     with pytest.raises(RuntimeError):
-        graphs.capture(lambda: (x + 1, torch.cuda.synchronize()), device)
-    again, tripled = graphs.capture(lambda: x * 3, device)
+        capture.capture(lambda: (x + 1, torch.cuda.synchronize()), device)
+    again, tripled = capture.capture(lambda: x * 3, device)
     replay(), again()
     assert doubled.tolist() == [2] * 4 and tripled.tolist() == [3] * 4
 
@@ -229,8 +229,8 @@ def test_no_copy_is_kept_of_large_images(timm, monkeypatch):
 @pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled:UserWarning")
 def test_what_is_loaded_is_not_filled(timm, monkeypatch):
     """PyTorch can be told to fill memory that it gives out, and does so again at a replay."""
-    for name in ("LARGE_INPUT", "MUCH_ROOM"):
-        monkeypatch.setattr(graphs, name, 0)
+    monkeypatch.setattr(graphs, "LARGE_INPUT", 0)
+    monkeypatch.setattr(capture, "MUCH_ROOM", 0)
     model, images = model_and_images(timm)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

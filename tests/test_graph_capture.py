@@ -1,4 +1,4 @@
-"""graphs.capture by itself, on stand-ins for what it calls of PyTorch: pools of memory and streams."""
+"""capture by itself, on stand-ins for what it calls of PyTorch: pools of memory and streams."""
 
 import gc
 from contextlib import contextmanager, nullcontext
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from swinfast import graphs
+from swinfast import capture, graphs
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="test_gpu has the real thing, and a capture broken at its end may break others"
@@ -34,7 +34,7 @@ def nothing_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Streams())
     for name in ("device", "stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda device: nullcontext())
-    monkeypatch.setattr(graphs, "stream_of", lambda device: 0)
+    monkeypatch.setattr(capture, "stream_of", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
 
 
@@ -47,26 +47,26 @@ def test_graphs_of_a_stream_share_a_pool_that_dies_with_them(monkeypatch, nothin
 
     monkeypatch.setattr(torch.cuda, "graph", record)
     stream = 0
-    monkeypatch.setattr(graphs, "stream_of", lambda device: stream)
+    monkeypatch.setattr(capture, "stream_of", lambda device: stream)
     device = torch.device("cuda:0")
-    kept = [graphs.capture(lambda: None, device) for _ in range(2)]
+    kept = [capture.capture(lambda: None, device) for _ in range(2)]
     stream = 1
-    kept.append(graphs.capture(lambda: None, device))
+    kept.append(capture.capture(lambda: None, device))
     assert pools[0] is pools[1]
     assert pools[2] is not pools[0]
     del kept[:2]
     stream = 0
-    kept.append(graphs.capture(lambda: None, device))
+    kept.append(capture.capture(lambda: None, device))
     assert pools[3] not in pools[:3]
 
 
 def test_a_device_without_a_number_is_the_current_one(monkeypatch, nothing_captured):
     """The current stream is asked for by number, and by it tensors know their device."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(graphs, "stream_of", lambda device: 10 + device.index)
-    kept = [graphs.capture(lambda: None, torch.device(name)) for name in ("cuda", "cuda:3", "cuda:1")]
+    monkeypatch.setattr(capture, "stream_of", lambda device: 10 + device.index)
+    kept = [capture.capture(lambda: None, torch.device(name)) for name in ("cuda", "cuda:3", "cuda:1")]
     assert len(kept) == 3
-    assert set(graphs._pools) == {(torch.device("cuda:3"), 13), (torch.device("cuda:1"), 11)}
+    assert set(capture._pools) == {(torch.device("cuda:3"), 13), (torch.device("cuda:1"), 11)}
 
 
 @pytest.fixture
@@ -78,12 +78,12 @@ def captured_on(monkeypatch, nothing_captured):
         sides.append(stream.cuda_stream)
         return nullcontext()
 
-    def capture(stream):
-        monkeypatch.setattr(graphs, "stream_of", lambda device: stream)
-        return graphs.capture(lambda: None, torch.device("cuda:0")), sides[-1]
+    def on(stream):
+        monkeypatch.setattr(capture, "stream_of", lambda device: stream)
+        return capture.capture(lambda: None, torch.device("cuda:0")), sides[-1]
 
     monkeypatch.setattr(torch.cuda, "graph", record)
-    return capture
+    return on
 
 
 def test_no_two_streams_capture_on_the_same(captured_on):
@@ -113,10 +113,10 @@ def test_streams_to_capture_on_run_out(captured_on):
 @pytest.mark.parametrize("backend", ["cudaMallocAsync", "pluggable"])
 def test_nothing_is_captured_in_memory_of_another_allocator(monkeypatch, nothing_captured, backend):
     device = torch.device("cuda:0")
-    graphs.capture(lambda: None, device)
+    capture.capture(lambda: None, device)
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
     with pytest.raises(RuntimeError, match="PyTorch's own allocator alone"):
-        graphs.capture(lambda: None, device)
+        capture.capture(lambda: None, device)
     monkeypatch.setattr(graphs, "on_gpu", lambda x: True)
     plan = SimpleNamespace(may_be_captured=True)
     assert not graphs.may_run("auto", plan, torch.zeros(1), 1)
@@ -150,16 +150,16 @@ def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
     monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
     ended, ended_well = [], []
-    monkeypatch.setattr(graphs, "end_allocations", lambda device, pool: ended.append(pool))
+    monkeypatch.setattr(capture, "end_allocations", lambda device, pool: ended.append(pool))
     device = torch.device("cuda:0")
-    kept = graphs.Pool(device, 0)  # by a graph that there is already
-    graphs._pools[device, 0] = kept
+    kept = capture.Pool(device, 0)  # by a graph that there is already
+    capture._pools[device, 0] = kept
     with pytest.raises(RuntimeError, match="previous error"):
-        graphs.capture(lambda: None, device)
+        capture.capture(lambda: None, device)
     assert current == ["the caller's"]
     assert ended == [kept.handle] and len(ended_well) == 1
     with pytest.raises(RuntimeError, match="previous error"):
-        graphs.capture(lambda: None, device)
+        capture.capture(lambda: None, device)
     assert ended[1] != kept.handle  # no pool is taken again, nor is its stream, which belongs to it
 
 
@@ -168,13 +168,13 @@ def test_no_garbage_is_collected_in_a_capture(nothing_captured):
     for before in (True, False):
         (gc.enable if before else gc.disable)()
         try:
-            _, enabled = graphs.capture(gc.isenabled, torch.device("cuda:0"))
+            _, enabled = capture.capture(gc.isenabled, torch.device("cuda:0"))
             assert not enabled and gc.isenabled() == before
         finally:
             gc.enable()
 
 
-@pytest.mark.parametrize("room", [0, graphs.MUCH_ROOM - 1, graphs.MUCH_ROOM, 1 << 30])
+@pytest.mark.parametrize("room", [0, capture.MUCH_ROOM - 1, capture.MUCH_ROOM, 1 << 30])
 def test_much_memory_is_asked_for_at_once(monkeypatch, nothing_captured, room):
     """In the capture, before anything else, and given back to its pool."""
     happened = []
@@ -195,8 +195,8 @@ def test_much_memory_is_asked_for_at_once(monkeypatch, nothing_captured, room):
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch, "UntypedStorage", Room)
-    graphs.capture(lambda: happened.append("computes"), torch.device("cuda:0"), room)
-    asked = [room + graphs.LIBRARY_ROOM, "given back"] if room >= graphs.MUCH_ROOM else []
+    capture.capture(lambda: happened.append("computes"), torch.device("cuda:0"), room)
+    asked = [room + capture.LIBRARY_ROOM, "given back"] if room >= capture.MUCH_ROOM else []
     assert happened == ["begins", *asked, "computes", "ends"]
 
 
@@ -204,23 +204,23 @@ def test_much_memory_is_asked_for_at_once(monkeypatch, nothing_captured, room):
 def asked(monkeypatch, nothing_captured):
     """What captures ask for at once."""
     sizes = []
-    monkeypatch.setattr(torch, "UntypedStorage", lambda size, device: sizes.append(size - graphs.LIBRARY_ROOM))
+    monkeypatch.setattr(torch, "UntypedStorage", lambda size, device: sizes.append(size - capture.LIBRARY_ROOM))
     return sizes
 
 
 def test_a_pool_is_asked_for_more_where_that_is_much_more(asked):
     """What was asked for is there for all graphs of a stream, one after the other."""
-    device, much = torch.device("cuda:0"), graphs.MUCH_ROOM
-    kept = [graphs.capture(lambda: None, device, int(much * times)) for times in (1, 1.4, 1, 1.6, 2.3, 2.4, 0.5)]
+    device, much = torch.device("cuda:0"), capture.MUCH_ROOM
+    kept = [capture.capture(lambda: None, device, int(much * times)) for times in (1, 1.4, 1, 1.6, 2.3, 2.4, 0.5)]
     assert asked == [int(much * times) for times in (1, 1.6, 2.4)]
     del kept
-    graphs.capture(lambda: None, device, much)  # in another pool
+    capture.capture(lambda: None, device, much)  # in another pool
     assert len(asked) == 4
 
 
-@pytest.mark.parametrize("name", graphs.ALLOCATOR_SETTINGS)
+@pytest.mark.parametrize("name", capture.ALLOCATOR_SETTINGS)
 def test_nothing_is_asked_for_that_could_not_be_divided(monkeypatch, asked, name):
     for settings in ("expandable_segments:True", "backend:native,max_split_size_mb:256"):
         monkeypatch.setenv(name, settings)
-        graphs.capture(lambda: None, torch.device("cuda:0"), graphs.MUCH_ROOM)
+        capture.capture(lambda: None, torch.device("cuda:0"), capture.MUCH_ROOM)
     assert len(asked) == 1

@@ -8,6 +8,7 @@ from helpers import small_model_args
 import swinfast
 from swinfast import graphs
 from swinfast.calls import kind_of
+from swinfast.capture import LIBRARY_ROOM
 from swinfast.classifier import _embed
 from swinfast.memory import LiveBytes
 from swinfast.torch_linear import has_native_bfloat16
@@ -74,7 +75,7 @@ def test_what_a_graph_keeps(timm):
     plan = fast.plan()
     tables = fast.tables(plan, kind_of(images))
     kept = []
-    for room in (0, peak(in_a_graph_of, fast, plan, tables, images) + graphs.LIBRARY_ROOM):
+    for room in (0, peak(in_a_graph_of, fast, plan, tables, images) + LIBRARY_ROOM):
         with torch.no_grad(), Reserved(room) as memory:
             in_a_graph_of(fast, plan, tables, images)
         kept.append(memory.reserved)
