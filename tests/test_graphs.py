@@ -94,6 +94,8 @@ class TestMoreSizesThanGraphs:
         answers_to(*[1, 2, 3] * 2 * graphs.PATIENCE)
         assert captures.captured == 2
         assert captures.replayed == 2 * (2 * graphs.PATIENCE - 1)
+        answers_to(*[3, 3, 1, 2] * graphs.PATIENCE)
+        assert captures.captured == 2
 
     def test_one_that_comes_often_drops_one_that_comes_no_more(self, answers_to, captures):
         answers_to(1, 1, 2, 2, *[3, 2] * graphs.PATIENCE)
@@ -103,6 +105,11 @@ class TestMoreSizesThanGraphs:
         replayed = captures.replayed
         answers_to(2, 3, 1)
         assert (captures.captured, captures.replayed) == (3, replayed + 2)
+
+    def test_the_last_sizes_are_remembered(self, answers_to, captures, monkeypatch):
+        monkeypatch.setattr(graphs, "REMEMBERED", 2)
+        answers_to(1, 2, 1, 3, 2)
+        assert captures.captured == 1
 
     def test_one_that_was_forgotten_gives_way(self, answers_to, captures, monkeypatch):
         """It is known of the last REMEMBERED sizes alone when they came."""
