@@ -29,6 +29,7 @@ def make_linear(weight: Tensor, bias: Tensor | None, *, gelu: bool = False, pack
             return lambda x: F.gelu(F.linear(x, weight, bias))
         return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    bias = None if bias is None else bias.contiguous()  # the operators take its strides for 1
     pointwise = torch.ops.mkldnn._linear_pointwise
     if gelu and _fuses_gelu():
         return lambda x: pointwise(x, packed, bias, "gelu", [], "none")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from swinfast.torch_linear import can_pack, has_native_bfloat16
+from swinfast.torch_linear import can_pack, has_native_bfloat16, make_linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -28,3 +28,15 @@ def test_bfloat16_where_onednn_is_limited(monkeypatch, name, most, native):
     monkeypatch.setattr(torch.cpu, "_is_arm_bf16_supported", lambda: False, raising=False)
     monkeypatch.setenv(name, most)
     assert has_native_bfloat16.__wrapped__() == native
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_numbers_that_are_not_side_by_side(gelu):
+    """oneDNN's operators take them for such, and read others."""
+    x, weight, bias = torch.randn(3, 8), torch.randn(16, 8), torch.randn(16)
+    expected = make_linear(weight, bias, gelu=gelu)(x)
+    apart = [torch.stack([one, one + 1], -1)[..., 0] for one in (weight, bias)]
+    assert torch.allclose(make_linear(*apart, gelu=gelu, pack=True)(x), expected, atol=1e-5)
+    same = bias[:1].expand(16)
+    one = make_linear(weight, same, gelu=gelu, pack=True)(x)
+    assert torch.allclose(one, make_linear(weight, same.contiguous(), gelu=gelu)(x), atol=1e-5)
