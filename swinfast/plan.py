@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .adapters import Adapter, patches, why_not
@@ -62,9 +63,10 @@ class Plan:
         self.derivations = 0
         self._derived: dict[Hashable, tuple[list[int], Any]] = {}  # with the versions of the weights it came from
         self._lock = threading.Lock()
-        self._counts_edits = not any(parameter.is_inference() for parameter in self.parameters)
+        there = [parameter for parameter in self.parameters if not is_lazy(parameter)]
+        self._counts_edits = not any(parameter.is_inference() for parameter in there)
 
-        placed = [p for p in self.parameters if p.layout == torch.strided] if self._counts_edits else ()
+        placed = [p for p in there if p.layout == torch.strided] if self._counts_edits else ()
         self._watch = Watch(module, placed)
 
     def holds(self, module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ Asked at every call, so it is a few passes in C over flat lists, microseconds fo
 """
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, repeat
 from operator import is_, itemgetter
 
 from torch import Tensor, UntypedStorage, nn
@@ -47,7 +47,7 @@ class Watch:
         self._counts = list(map(len, self._attributes))  # a method that is patched on a module is one more
         classes = dict.fromkeys((one, class_of(m)) for m in modules for one in (type(m), class_of(m)))
         self._classes, self._names = zip(*((one, name) for one, cls in classes for name in methods(cls)), strict=True)
-        self._methods = list(map(getattr, self._classes, self._names))
+        self._methods = self._methods_now()
         self._own_settings = {name: module.__dict__[name] for name in WATCHED if name in module.__dict__}
         watched = [(m.__dict__, name) for m in self.inside for name in WATCHED if name in m.__dict__]
         self._owners, self._settings_names = zip(*watched, strict=True) if watched else ((), ())
@@ -64,11 +64,15 @@ class Watch:
             and list(map(type, self.inside)) == self._types
             and list(map(len, self._attributes)) == self._counts
             and any(self._hooks) == self._hooked
-            and list(map(getattr, self._classes, self._names)) == self._methods
+            and self._methods_now() == self._methods
             and list(map(Tensor.data_ptr, self._placed)) == self._places
             and not any(map(UntypedStorage._expired, self._memories))  # else the places may be others' by now
             and self.settings_hold(module)
         )
+
+    def _methods_now(self) -> list:
+        """A ScriptModule's class has none that can be asked for."""
+        return list(map(getattr, self._classes, self._names, repeat(None)))
 
     def settings_hold(self, module: nn.Module) -> bool:
         """Whether the attributes that answers depend on are what they were."""

@@ -107,7 +107,12 @@ def keep_a_scale_as_an_attribute(model):
     attention.logit_scale = scale
 
 
+def script_an_mlp(model):
+    model.stages[1].blocks[0].mlp = torch.jit.script(model.stages[1].blocks[0].mlp)
+
+
 REFUSALS = {
+    script_an_mlp: "blocks.0.mlp is a RecursiveScriptModule, expected Mlp",
     add_hook: "blocks.0.mlp has hooks",
     add_pre_hook: "blocks.1 has hooks",
     add_lora: "blocks.0.attn.qkv is a Lora, expected Linear",
@@ -125,7 +130,13 @@ REFUSALS = {
 }
 
 
-UNCHANGED = (add_a_module, add_parametrization, keep_a_weight_as_a_buffer, keep_a_scale_as_an_attribute)  # answers
+UNCHANGED = (
+    script_an_mlp,
+    add_a_module,
+    add_parametrization,
+    keep_a_weight_as_a_buffer,
+    keep_a_scale_as_an_attribute,
+)  # answers
 
 
 @pytest.mark.parametrize("when", ["before", "after", "after a call"])

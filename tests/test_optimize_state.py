@@ -239,6 +239,32 @@ def test_conversions(timm, dtype, warm):
     assert_same(fast.double(), rounded)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weights_that_are_not_side_by_side_in_memory(timm, dtype):
+    """As views of larger tensors are, which load_state_dict(assign=True) and nn.Parameter take as they are."""
+    model = make(timm).to(dtype)
+    fast = swinfast.optimize(model)
+    with torch.no_grad():
+        fast(IMAGES.to(dtype))
+    apart = {name: torch.stack([one, one + 1], -1)[..., 0] for name, one in fast.state_dict().items()}
+    fast.load_state_dict(apart, assign=True)
+    with torch.no_grad():
+        assert relative_rms(fast(IMAGES.to(dtype)), model(IMAGES.to(dtype))) <= 1e-5
+
+
+def test_a_layer_without_weights_yet(timm):
+    """Its shape comes with the first input, to the original."""
+    model = make(timm)
+    fast = swinfast.optimize(model)
+    mlp = fast.stages[0].blocks[0].mlp
+    mlp.fc1 = nn.LazyLinear(mlp.fc1.out_features, dtype=torch.float64)
+    with torch.no_grad():
+        first = fast(IMAGES)
+        model.stages[0].blocks[0].mlp.fc1 = copy.deepcopy(mlp.fc1)
+    assert first.isfinite().all()
+    assert_same(fast, model)
+
+
 def test_another_weight_in_the_same_place(timm):
     """As where a layer goes to another dtype and back: the same parameter, not counted, and often the same address."""
     model = make(timm).float()
