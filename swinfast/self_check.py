@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .adapters import HOOKS
 from .errors import in_a_line
-from .verify import NOTHING, OVERFLOW, Verification, verify
+from .verify import NO_MEASURE, NOTHING, OVERFLOW, Verification, verify
 
 
 def is_asked_for() -> bool:
@@ -48,4 +48,4 @@ def _judged(fast: nn.Module, plain: nn.Module, x: Tensor) -> Verification | None
             getattr(twin, hooks).clear()
     with torch.inference_mode(False):
         outcome = verify(plain, fast, x.clone())
-    return None if outcome.reason in (NOTHING, OVERFLOW) else outcome
+    return None if outcome.reason in (NOTHING, OVERFLOW, NO_MEASURE) else outcome

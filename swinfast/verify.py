@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters import class_of
 from .arguments import check_model
 from .autocast import autocast_dtype, without_autocast
 
@@ -19,6 +20,7 @@ ABSOLUTE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, tor
 FACTOR = 2.0
 NOTHING = "nothing finite to compare"
 OVERFLOW = "NaN or infinity, in the plain model's answers too, where the oracle has none"
+NO_MEASURE = "the plain model's answers are NaN or infinity wherever the oracle's are not: its errors are not known"
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,14 @@ def verify(model: nn.Module, fast: nn.Module, images: Tensor) -> Verification:
         images: [B, in_chans, H, W], floating-point, as the models take them.
 
     Raises:
-        ValueError: The models have different state_dict keys, fast is in training mode, or images is not floating-point
-            or not [B, C, H, W] of at least one image.
+        ValueError: The models have different state_dict keys, model is optimised, fast is in training mode, or images
+            is not floating-point or not [B, C, H, W] of at least one image.
         TypeError: An argument is of another type, or the model returns something else than tensors.
     """
     check_model("model", model)
     check_model("fast", fast)
+    if any(class_of(module) is not type(module) for module in model.modules()):
+        raise ValueError("model is optimized itself: fast is to be compared with the plain model that it was made from")
     _check_images(images)
     if fast.training:
         raise ValueError("fast is in training mode, where it runs the original computation: call fast.eval() first")
@@ -175,6 +179,8 @@ def _compare(
             return f"{place}NaN or infinity where the oracle has none, or the other way round"
         if finite.numel() and not finite.any():
             return f"{place}{NOTHING}"
+        if finite.any() and not any((output.isfinite() & finite).any() for output in base):
+            return f"{place}{NO_MEASURE}"
         error, allowed = _errors([got], [true]), _worst(*(_errors([output], [true]) for output in base))
         for name, absolute in (("relative_rms", ABSOLUTE[dtype]), ("relative_max", 8 * ABSOLUTE[dtype])):
             bar = FACTOR * getattr(allowed, name) + absolute

@@ -167,6 +167,16 @@ def test_nothing_finite_to_compare(model, dtype):
     assert outcome.reason == "nothing finite to compare"
 
 
+def test_a_plain_model_without_a_finite_answer(model):
+    """In float16 the lengths of q and k that are all zero are 0 there: nothing says how far others may be off."""
+    with torch.no_grad():
+        for parameter in model.stages[0].blocks[0].attn.qkv.parameters():
+            parameter.zero_()
+    outcome = swinfast.verify(model, swinfast.optimize(model, dtype=torch.float16), IMAGES)
+    assert not outcome.passed
+    assert outcome.reason.startswith("the plain model's answers are NaN or infinity wherever the oracle's are not")
+
+
 class Answers(nn.Module):
     """A model that returns what is made of [B, 5] numbers."""
 
@@ -288,6 +298,8 @@ def test_wrong_arguments(model):
     fast = swinfast.optimize(model)
     with pytest.raises(ValueError, match=r"images must be floating-point, got torch\.uint8"):
         swinfast.verify(model, fast, torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="model is optimized itself"):
+        swinfast.verify(fast, fast, IMAGES)
     with pytest.raises(ValueError, match=r"call fast\.eval"):
         swinfast.verify(model, copy.deepcopy(fast).train(), IMAGES)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
