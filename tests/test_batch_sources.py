@@ -192,6 +192,16 @@ def test_list_that_can_be_read_once_alone(tmp_path):
         Images(files_from=str(tmp_path / "pipe"))
 
 
+def test_paths_that_are_none(tmp_path):
+    """A single one would be taken for its letters, and / is a folder that has all files in it."""
+    for one in ("/photos/a.png", Path("a.png"), b"a.png"):
+        with pytest.raises(TypeError, match=r"paths must be a sequence of paths, got .* alone"):
+            Images(one)
+    with pytest.raises(TypeError, match=r"expected str, bytes or os\.PathLike object, not int"):
+        Images([1])
+    assert Images([tmp_path]).paths == (str(tmp_path),)
+
+
 def test_entries_that_lead_nowhere(embed, plain, files, tmp_path):
     """Each is told, and the run goes on."""
     (tmp_path / "04.jpg").symlink_to("04.jpg")

@@ -51,6 +51,7 @@ class Images:
 
     Raises:
         ValueError: files_from is no regular file, or output is among the paths.
+        TypeError: paths is a single path, or holds something else than paths.
     """
 
     paths: tuple[str, ...] = ()
@@ -60,6 +61,9 @@ class Images:
     output: str | None = None
 
     def __post_init__(self):
+        if isinstance(self.paths, str | bytes | os.PathLike):
+            raise TypeError(f"paths must be a sequence of paths, got {self.paths!r} alone")
+        object.__setattr__(self, "paths", tuple(map(os.fspath, self.paths)))
         if self.files_from is not None and Path(self.files_from).exists() and not Path(self.files_from).is_file():
             raise ValueError(f"files_from must be a regular file, got {self.files_from!r}")
         for path in filter(self._is_written, self.paths):
