@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from . import __version__, cli_bench, cli_predict
 from .batch.formats import ESCAPE
 from .exit_codes import INTERRUPTED, UNREAD, UNUSABLE
+from .messages import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in the buffer
         return UNREAD
     except (ValueError, RuntimeError, OSError, AssertionError) as error:  # timm's checks of sizes are assertions
-        print(f"swinfast: error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return UNUSABLE
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -23,6 +23,7 @@ from .exit_codes import INTERRUPTED, OK, SOME_FAILED
 from .files import check_writable
 from .info import info
 from .measurements import COLUMNS, DTYPES, append, check_header, rows_of
+from .messages import say
 from .models import create_model, is_folder
 from .optimize import optimize
 from .pipeline import resolve_device
@@ -110,19 +111,24 @@ def _bench(options: argparse.Namespace) -> int:
             left_out += missing
     except KeyboardInterrupt:
         status = INTERRUPTED
-    if options.json:
-        full = [dict.fromkeys(COLUMNS) | row | {"rel_error": float(row["rel_error"])} for row in rows]
-        options.json.write_text(json.dumps({"rows": full, "left_out": left_out}, indent=1) + "\n", encoding="utf-8")
-    if rows:
-        print(_table(rows))
+    try:
+        if rows:
+            print(_table(rows), flush=True)
+    finally:  # whether or not somebody reads the terminal; and there it stands, whether or not this can be written
+        if options.json:
+            _write_json(options.json, rows, left_out)
     for one in left_out:
-        where = f"{one['dtype']}, batch {one['batch']}, {one['engine']}"
-        print(f"swinfast: left out: {where}: {one['reason']}", file=sys.stderr)
+        say(f"left out: {one['dtype']}, batch {one['batch']}, {one['engine']}: {one['reason']}")
     if options.plot and rows:
         plots.throughput(rows, options.plot)
     if status == OK and any(one["engine"] == engines[0].label for one in left_out):
         status = SOME_FAILED
     return status
+
+
+def _write_json(file: Path, rows: list[dict], left_out: list[dict]) -> None:
+    full = [dict.fromkeys(COLUMNS) | row | {"rel_error": float(row["rel_error"])} for row in rows]
+    file.write_text(json.dumps({"rows": full, "left_out": left_out}, indent=1) + "\n", encoding="utf-8")
 
 
 def _run(

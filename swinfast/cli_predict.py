@@ -25,6 +25,7 @@ from .exit_codes import INTERRUPTED, OK, SOME_FAILED
 from .files import check_writable
 from .labels import LABEL_TYPES, imagenet_labels
 from .measurements import DTYPES
+from .messages import say
 from .models import create_model, is_folder
 from .pipeline import Pipeline, resolve_device
 from .predict import STORED, Embedder, Failure, FeatureExtractor, Prediction, Predictor
@@ -284,7 +285,7 @@ class _Progress:
         self._bar.update(len(names))
 
     def say(self, message: str) -> None:
-        tqdm.write(f"swinfast: {message}", file=sys.stderr)
+        say(message)
 
     def interrupted(self) -> None:
         if self._options.output is None:

@@ -127,9 +127,18 @@ def test_list_by_a_name_that_only_this_process_knows(predict, photos, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
-@pytest.mark.parametrize("devices, closed", [("cpu", "2>&-"), ("cpu,cpu", "<&- >&- 2>&-")])
+@pytest.mark.parametrize(
+    "devices, closed",
+    [
+        ("cpu", "2>&-"),
+        ("cpu,cpu", "<&- >&- 2>&-"),
+        pytest.param(
+            "cpu", "2>/dev/full", marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+        ),
+    ],
+)
 def test_closed_streams(model_folder, photos, tmp_path, devices, closed):
-    """Nothing is told then, nothing else is amiss."""
+    """Or on a full disk: nothing is told then, nothing else is amiss."""
     (photos / "gone.png").symlink_to(photos / "nothing.png")
     options = ["--model", model_folder, "--output", tmp_path / "out.csv", "--devices", devices]
     command = shlex.join(map(str, [sys.executable, "-m", "swinfast", "predict", photos, *options]))

@@ -147,6 +147,17 @@ def test_results_are_written_before_they_are_shown(bench, monkeypatch, tmp_path)
     assert len((tmp_path / "r.csv").read_text(encoding="utf-8").splitlines()) == 3
 
 
+def test_results_are_shown_where_they_cannot_be_written(bench, monkeypatch, tmp_path, capsys):
+    def full(file, *_):
+        raise OSError(28, "No space left on device", str(file))
+
+    monkeypatch.setattr(cli_bench, "_write_json", full)
+    assert bench("--batch-sizes", "1", "--json", tmp_path / "r.json") == 2
+    said = capsys.readouterr()
+    assert "timm eager" in said.out or "plain" in said.out
+    assert "No space left on device" in said.err
+
+
 def test_engines_that_are_asked_for():
     made = {key: make() for key, make in cli_bench.AGAINST.items()}
     names = ["plain eager", "plain compiled", "plain compiled, max-autotune"]
