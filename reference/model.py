@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, _assert, nn
 
 from . import ops
 from .sizes import (
@@ -47,7 +47,8 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.strict_img_size:
             for axis, got, expected in zip(("height", "width"), x.shape[-2:], self.img_size, strict=True):
-                assert got == expected, f"Input image {axis} ({got}) doesn't match model ({expected})."
+                if got != expected:
+                    raise AssertionError(f"Input image {axis} ({got}) doesn't match model ({expected}).")
         return ops.patch_embed(x, self.proj.weight, self.proj.bias, _norm(self.norm)).permute(0, 3, 1, 2)
 
 
@@ -347,7 +348,7 @@ class SwinTransformerV2Cr(nn.Module):
             output_fmt: "NCHW".
             intermediates_only: Return the features alone, not (last stage's output, features).
         """
-        assert output_fmt == "NCHW", "Output shape must be NCHW."
+        _assert(output_fmt == "NCHW", "Output shape must be NCHW.")
         taken = take_indices(len(self.stages), indices)
         x = self.patch_embed(x)
         features = []
@@ -374,11 +375,11 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
     """Which of count stages are meant: the last n for an int, all for None; negative ones count from the end."""
     if indices is None or isinstance(indices, int):
         last = count if indices is None else indices
-        assert 0 < last <= count, f"last-n ({last}) is out of range (1 to {count})"
+        _assert(0 < last <= count, f"last-n ({last}) is out of range (1 to {count})")
         return list(range(count - last, count))
     taken = [count + index if index < 0 else index for index in indices]
     for index in taken:
-        assert 0 <= index < count, f"feature index {index} is out of range (0 to {count - 1})"
+        _assert(0 <= index < count, f"feature index {index} is out of range (0 to {count - 1})")
     return taken
 
 

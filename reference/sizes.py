@@ -3,6 +3,8 @@
 import operator
 from collections.abc import Iterable, Sequence
 
+from torch import _assert
+
 Size = tuple[int, int]
 WindowSize = int | Size | Sequence[int | Size]
 
@@ -58,16 +60,16 @@ def stage_windows(window_size: WindowSize, count: int) -> tuple[Size, ...]:
     onepair = isinstance(window_size, Sequence) and len(window_size) == 2 and isinstance(window_size[0], int)
     if isinstance(window_size, int) or onepair:
         window_size = (window_size,) * count
-    assert len(window_size) == count, f"Expected {count} stage window sizes, got {window_size}."
+    _assert(len(window_size) == count, f"Expected {count} stage window sizes, got {window_size}.")
     windows = tuple(pair(window) for window in window_size)
-    assert all(w > 0 for window in windows for w in window), f"Window sizes must be positive, got {windows}."
+    _assert(all(w > 0 for window in windows for w in window), f"Window sizes must be positive, got {windows}.")
     return windows
 
 
 def stage_ratios(window_ratio: int | Sequence[int], count: int) -> tuple[int, ...]:
     ratios = (window_ratio,) * count if isinstance(window_ratio, int) else tuple(window_ratio)
-    assert len(ratios) == count, f"Expected {count} stage window ratios, got {ratios}."
-    assert all(ratio > 0 for ratio in ratios), f"Window ratios must be positive, got {ratios}."
+    _assert(len(ratios) == count, f"Expected {count} stage window ratios, got {ratios}.")
+    _assert(all(ratio > 0 for ratio in ratios), f"Window ratios must be positive, got {ratios}.")
     return ratios
 
 

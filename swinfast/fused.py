@@ -226,7 +226,8 @@ class FusedPatchEmbed(FusedComputation):
             raise RuntimeError(f"images must be at least {patch[0]} by {patch[1]}, got shape {tuple(images.shape)}")
         if spec.img_size is not None:
             for axis, got, expected in zip(("height", "width"), images.shape[2:], spec.img_size, strict=True):
-                assert got == expected, f"Input image {axis} ({got}) doesn't match model ({expected})."
+                if got != expected:
+                    raise AssertionError(f"Input image {axis} ({got}) doesn't match model ({expected}).")
         if images.dtype == torch.uint8:
             self._check_image_scale(spec.proj.in_channels)
 

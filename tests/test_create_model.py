@@ -351,3 +351,24 @@ def test_error_for_a_folder_without_weights(folder, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"no checkpoint file at .*model\.safetensors"):
         swinfast.create_model(path)
+
+
+def test_sizes_are_checked_where_python_leaves_assertions_out():
+    code = """
+import torch, swinfast
+model = swinfast.create_model("swinv2_cr_tiny_ns_224", img_size=32, window_size=1, depths=(1, 1, 1, 1)).eval()
+for one in (model, swinfast.optimize(model)):
+    try:
+        one(torch.zeros(1, 3, 48, 32))
+    except AssertionError as error:
+        print(error)
+for wrong in ({"window_size": (1, 1, 1, 1, 1)}, {"window_size": -1}):
+    try:
+        swinfast.create_model("swinv2_cr_tiny_ns_224", img_size=32, **wrong)
+    except AssertionError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True)
+    first, second, *others = done.stdout.splitlines()
+    assert first == second == "Input image height (48) doesn't match model (32)."
+    assert len(others) == 2
