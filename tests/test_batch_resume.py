@@ -202,6 +202,24 @@ def test_errors_of_a_finished_run_that_are_gone(make, images, tmp_path):
     assert errors.read_bytes() == expected
 
 
+@pytest.mark.parametrize("name", ["out.npy", "out.index.csv"])
+def test_a_finished_run_whose_files_are_others(make, images, tmp_path, name):
+    """It is not called finished, and nothing is written over them."""
+
+    def write(**options) -> int:
+        return make(swinfast.Embedder).write(images, tmp_path / "out.npy", part_size=4, **options).done_now
+
+    write()
+    assert write(resume=True) == 0
+    before = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(before[:-1])
+    with pytest.raises(ResumeError, match=rf"{name} has {len(before) - 1} bytes, and .* wrote {len(before)}; move"):
+        write(resume=True)
+    assert (tmp_path / name).read_bytes() == before[:-1]
+    assert write() == len(images)
+    assert (tmp_path / name).read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["00000000.embedding.npy", "00000000.index.csv", "00000000.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "overwritten"])
 def test_damaged_part(make, images, tmp_path, name, damage):

@@ -79,7 +79,7 @@ class Parts:
         """Make the folder, or find it again; Totals where the whole run is finished already, with all of its files.
 
         Raises:
-            ResumeError: There is something to resume, but of other settings.
+            ResumeError: There is something to resume, but of other settings, or what was finished is changed since.
             RuntimeError: Another run is writing there.
             OSError: The folder can't be written, or holds files that are none of a run's.
         """
@@ -101,6 +101,7 @@ class Parts:
             self._check(content, self.output)
             totals = _totals(content, self.manifest)
             if all(there) and (not totals.failures or self.errors.exists()):
+                _check_sizes(content, files)
                 return totals
         if self.folder.exists():
             self._take_away()
@@ -202,7 +203,8 @@ class Parts:
                 _move_into_place(whole, self.errors)
             else:
                 self.errors.unlink(missing_ok=True)
-            self._write_json(self.manifest, {"settings": self.settings, "totals": asdict(totals)})
+            sizes = {file.suffix: file.target.stat().st_size for file in files}
+            self._write_json(self.manifest, {"settings": self.settings, "totals": asdict(totals), "sizes": sizes})
         except OSError as error:
             raise self._unwritable(error) from error
         self._take_away()
@@ -273,6 +275,19 @@ def _totals(content: dict[str, Any], file: Path) -> Totals:
         return Totals(**content["totals"])
     except (KeyError, TypeError) as error:
         raise ResumeError(f"{file} has no totals of a finished run; start anew without resuming") from error
+
+
+def _check_sizes(content: dict[str, Any], files: Iterable[OutputFile]) -> None:
+    """Refuse to call a run finished whose files are others by now: neither to keep nor to replace them is wanted."""
+    sizes = content.get("sizes")
+    for file in files:
+        size = file.target.stat().st_size
+        written = sizes.get(file.suffix) if isinstance(sizes, dict) else None
+        if size != written:
+            raise ResumeError(
+                f"{file.target} has {size} bytes, and the run that is to be resumed wrote {written}; "
+                "move it elsewhere, or start anew without resuming"
+            )
 
 
 def next_digest(whole: str, part: str) -> str:
