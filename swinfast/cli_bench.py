@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,7 +205,7 @@ def _model(options: argparse.Namespace, device: torch.device) -> nn.Module:
     overrides = {} if options.num_classes is None else {"num_classes": options.num_classes}
     model = create_model(options.model, checkpoint_path=options.checkpoint, **overrides).eval()
     if not options.checkpoint and not is_folder(options.model):
-        print("random weights: every part shows in the answers, which mean nothing", file=sys.stderr)
+        say("random weights: every part shows in the answers, which mean nothing")
         randomise(model)
     return model.to(device)
 

@@ -16,6 +16,7 @@ import torch
 
 from ..autocast import autocast_dtype, within_autocast
 from ..float32_precision import float32_precision, set_float32_precision
+from ..messages import say
 from ..pixels import pillow_settings, set_pillow
 from .children import skip_to_answers, start
 from .compute import Waits
@@ -98,7 +99,7 @@ def _follow(child: subprocess.Popen, device: str, watch: Listener) -> Share:
         if "names" in told:
             watch(told["names"], told["reasons"])
         elif "say" in told:
-            print(f"swinfast: {told['say']}", file=sys.stderr)
+            say(told["say"])
         elif "error" in told:
             raise ERRORS.get(told["type"], RuntimeError)(f"{device}: {told['error']}")
         else:
