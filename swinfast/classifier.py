@@ -140,7 +140,7 @@ class FusedClassifier(FusedWhole):
         plan = self.plan()
         if plan is None or self._is_unchecked() or needs_grad(x, plan.parameters):
             return super().forward(x)
-        if not graphs.may_run(self._swinfast.cuda_graphs, plan, x, plan.work(x)):
+        if not graphs.may_run(self._swinfast.cuda_graphs, plan, x):
             return super().forward(x)
         kind = kind_of(x)
         return plan.graphs.run(

@@ -261,7 +261,7 @@ class FusedStage(FusedComputation):
     """Patch merging and the blocks of one stage, [B, C, H, W] in and out."""
 
     def fused_forward(self, plan, x):
-        if self._swinfast.unchecked or not graphs.may_run(self._swinfast.cuda_graphs, plan, x, x.numel()):
+        if self._swinfast.unchecked or not graphs.may_run(self._swinfast.cuda_graphs, plan, x):
             return super().fused_forward(plan, x)
         kind = kind_of(x)
         return plan.graphs.run(

@@ -257,17 +257,17 @@ def _signature(x: Tensor, kind: Hashable) -> tuple[tuple[torch.device, int], Has
     return stream, (x.shape, x.dtype, stream, kind, *(setting() for setting in LIBRARY_SETTINGS))
 
 
-def may_run(setting: bool | str, plan: Any, x: Tensor, work: int) -> bool:
+def may_run(setting: bool | str, plan: Any, x: Tensor) -> bool:
     """Whether a module is to run by a graph.
 
     Args:
         setting: As ``optimize`` takes it: True, False, or "auto" for up to as much work as goes through in one part.
         plan: The module's.
-        x: Its input; work: the numbers of the first stage's.
+        x: Its input.
     """
     if setting is False or not x.numel() or not may_replay(x) or not plan.may_be_captured:
         return False
-    return setting is True or (keeps_memory() and work <= GPU_PART)
+    return setting is True or (keeps_memory() and plan.work(x) <= GPU_PART)
 
 
 def may_replay(x: Tensor) -> bool:

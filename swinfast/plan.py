@@ -97,6 +97,10 @@ class Plan:
         """Whether all that a CUDA graph would read stays in its place for as long as the plan holds."""
         return self.backend is not None and self.backend.capturable and self._counts_edits
 
+    def work(self, x: Tensor) -> int:
+        """How much it computes, by the numbers of the stage's input."""
+        return x.numel()
+
     def derived(self, kind: Hashable, derive: Callable[[Any], Any]) -> Any:
         """derive(spec), made once for each kind and state of the weights, and where it was before if that can be.
 
@@ -160,6 +164,10 @@ class SequencePlan:
     @property
     def may_be_captured(self) -> bool:
         return all(plan.may_be_captured for plan in self.plans)
+
+    def work(self, x: Tensor) -> int:
+        """As Plan's, by the first stage's input: those of the others are smaller."""
+        return x.numel()
 
 
 def overwrite(old: Any, new: Any) -> bool:

@@ -96,7 +96,7 @@ class FusedStages(FusedWhole):
         return tuple(stage.tables(one, kind) for stage, one in zip(self, plan.plans, strict=True))
 
     def fused_forward(self, plan: SequencePlan, x: Tensor) -> Tensor:
-        if not self._is_unchecked() and graphs.may_run(self._swinfast.cuda_graphs, plan, x, x.numel()):
+        if not self._is_unchecked() and graphs.may_run(self._swinfast.cuda_graphs, plan, x):
             kind = kind_of(x)
             return plan.graphs.run(
                 x,

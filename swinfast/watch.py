@@ -3,6 +3,7 @@
 Asked at every call, so it is a few passes in C over flat lists, microseconds for a stage.
 """
 
+import weakref
 from collections.abc import Sequence
 from itertools import chain, repeat
 from operator import is_, itemgetter
@@ -33,6 +34,7 @@ class Watch:
 
     def __init__(self, module: nn.Module, placed: Sequence[Tensor]):
         """placed: Tensors whose place in memory counts."""
+        self._module = weakref.ref(module)
         _, *self.inside = modules = list(module.modules())
         self._placed, self._places = placed, list(map(Tensor.data_ptr, placed))
         self._memory = [StorageWeakRef(tensor.untyped_storage()) for tensor in placed]
@@ -75,10 +77,11 @@ class Watch:
         return list(map(getattr, self._classes, self._names, repeat(None)))
 
     def settings_hold(self, module: nn.Module) -> bool:
-        """Whether the attributes that answers depend on are what they were."""
+        """Whether it is the same module, and the attributes that answers depend on are what they were."""
         own = self._own_settings
         return (
-            list(map(module.__dict__.get, own)) == list(own.values())
+            self._module() is module
+            and list(map(module.__dict__.get, own)) == list(own.values())
             and list(map(dict.get, self._owners, self._settings_names)) == self._settings
         )
 

@@ -118,9 +118,9 @@ def test_nothing_is_captured_in_memory_of_another_allocator(monkeypatch, nothing
     with pytest.raises(RuntimeError, match="PyTorch's own allocator alone"):
         capture.capture(lambda: None, device)
     monkeypatch.setattr(graphs, "on_gpu", lambda x: True)
-    plan = SimpleNamespace(may_be_captured=True)
-    assert not graphs.may_run("auto", plan, torch.zeros(1), 1)
-    assert graphs.may_run(True, plan, torch.zeros(1), 1)  # so that it says why there is none
+    plan = SimpleNamespace(may_be_captured=True, work=torch.numel)
+    assert not graphs.may_run("auto", plan, torch.zeros(1))
+    assert graphs.may_run(True, plan, torch.zeros(1))  # so that it says why there is none
 
 
 def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch, nothing_captured):

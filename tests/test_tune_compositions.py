@@ -240,7 +240,7 @@ def test_a_forward_is_captured_without_what_is_derived_of_weights(monkeypatch):
         launched.clear()
         return function(), None
 
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(peaks, "capture", capture)
     monkeypatch.setattr(
         in_forward, "launches_of", lambda function, _: peaks.launches_of(function, torch.device("cuda"))
     )
