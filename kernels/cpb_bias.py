@@ -7,9 +7,12 @@ interior, last row, last column, both (one type alone where nothing is shifted).
 powers of two. Rows and columns beyond the window's tokens pad it to whole tiles: -inf for keys, which then weigh
 nothing.
 
+In the bounded form the bias is 16 sigmoid(MLP), d is scaled so that it goes from -8 to 8 in a window of the size SPAN,
+and the logarithm is one to the base 8.
+
 The MLP runs once for each of the (2 Wh - 1)(2 Ww - 1) distinct offsets, in float32; the table is float16 for 16-bit
 weights, which rounds less than bfloat16. Once per weights. Definition: reference.ops.cpb_bias.
-Source: arXiv:2111.09883, section 3.3, and timm's WindowMultiHeadAttention.
+Source: arXiv:2111.09883, section 3.3, and timm's WindowMultiHeadAttention and WindowAttention (the bounded form).
 """
 
 import torch
@@ -22,20 +25,25 @@ from .launch import check, check_vectors, launch, operator
 
 LOG2_E = 1.4426950408889634
 MASK_VALUE = tl.constexpr(-100.0)
+LARGEST_OFFSET = tl.constexpr(8.0)  # in the bounded form
+LARGEST_BIAS = tl.constexpr(16.0)
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 BLOCK = 64
 HERE = Config({}, num_warps=4, num_stages=1, source="once per weights: speed does not matter")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["span_h", "span_w"])
 def _offsets_kernel(
     fc1_weight,  # [HIDDEN, 2]
     fc1_bias,  # [HIDDEN]
     fc2_weight,  # [HEADS, HIDDEN]
     fc2_bias,  # [HEADS]
     out,  # [HEADS, (2 Wh - 1) (2 Ww - 1)], float32
+    span_h,
+    span_w,
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
+    BOUNDED: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
@@ -46,8 +54,8 @@ def _offsets_kernel(
     offset = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     # timm keeps the coordinates in the dtype of the model: rounded before they are used
     dtype = fc1_weight.dtype.element_ty
-    row = _log_spaced(offset // (2 * WINDOW_W - 1) - (WINDOW_H - 1)).to(dtype).to(tl.float32)
-    column = _log_spaced(offset % (2 * WINDOW_W - 1) - (WINDOW_W - 1)).to(dtype).to(tl.float32)
+    row = _log_spaced(offset // (2 * WINDOW_W - 1) - (WINDOW_H - 1), span_h, BOUNDED).to(dtype).to(tl.float32)
+    column = _log_spaced(offset % (2 * WINDOW_W - 1) - (WINDOW_W - 1), span_w, BOUNDED).to(dtype).to(tl.float32)
     acc = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, HIDDEN, BLOCK_HIDDEN):
         unit = start + tl.arange(0, BLOCK_HIDDEN)
@@ -60,21 +68,27 @@ def _offsets_kernel(
         w = tl.load(fc2_weight + head * HIDDEN + unit, mask=inside, other=0.0).to(tl.float32)
         acc += tl.sum(hidden * w[None, :], axis=1)
     acc += tl.load(fc2_bias + head).to(tl.float32)
+    if BOUNDED:
+        acc = LARGEST_BIAS / (1.0 + tl.exp(-acc))
     tl.store(out + head * OFFSETS + offset, acc, mask=offset < OFFSETS)
 
 
 @triton.jit
-def _log_spaced(offset):
-    """sign(d) log(1 + |d|)."""
-    distance = tl.log(1.0 + tl.abs(offset).to(tl.float32))
+def _log_spaced(offset, span, BOUNDED: tl.constexpr):
+    """sign(d) log(1 + |d|), in the bounded form of scaled offsets and to the base 8."""
+    distance = tl.abs(offset).to(tl.float32)
+    if BOUNDED:
+        distance = tl.log2(1.0 + distance / tl.maximum(span - 1, 1) * LARGEST_OFFSET) / 3.0
+    else:
+        distance = tl.log(1.0 + distance)
     return tl.where(offset < 0, -distance, distance)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def _table_kernel(
     by_offset,  # [HEADS, (2 Wh - 1) (2 Ww - 1)], float32
     out,  # [TYPES, HEADS, QUERIES, KEYS]
-    HEADS: tl.constexpr,
+    heads,
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     SHIFT_H: tl.constexpr,
@@ -91,8 +105,8 @@ def _table_kernel(
     program = tl.program_id(0)
     j = ((program % BLOCKS_N) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     i = ((program // BLOCKS_N) % BLOCKS_M * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    head = (program // BLOCKS_N // BLOCKS_M) % HEADS
-    window_type = program // BLOCKS_N // BLOCKS_M // HEADS
+    head = (program // BLOCKS_N // BLOCKS_M) % heads
+    window_type = program // BLOCKS_N // BLOCKS_M // heads
     i_row, i_column = i // WINDOW_W, i % WINDOW_W
     j_row, j_column = j // WINDOW_W, j % WINDOW_W
     offset = (i_row - j_row + WINDOW_H - 1) * (2 * WINDOW_W - 1) + i_column - j_column + WINDOW_W - 1
@@ -107,7 +121,7 @@ def _table_kernel(
         bias = tl.minimum(tl.maximum(bias, -60000.0, propagate_nan=ALL), 60000.0, propagate_nan=ALL)
     bias = tl.where(i < TOKENS, bias, 0.0)
     bias = tl.where(j < TOKENS, bias, float("-inf"))
-    row = (window_type * HEADS + head) * QUERIES + i
+    row = (window_type * heads + head) * QUERIES + i
     tl.store(out + row.to(tl.int64) * KEYS + j, bias.to(out.dtype.element_ty), mask=(i < QUERIES) & (j < KEYS))
 
 
@@ -121,6 +135,7 @@ def cpb_bias(
     shift_size: list[int],
     padded_size: list[int],
     dtype: torch.dtype | None = None,
+    span: list[int] | None = None,
 ) -> Tensor:
     """The bias table of (shifted) window attention.
 
@@ -130,6 +145,7 @@ def cpb_bias(
         window_size, shift_size: (rows, columns) in tokens.
         padded_size: (queries, keys) of the table, each at least the tokens of a window.
         dtype: That attention computes in, by default that of the weights.
+        span: The window (rows, columns) in which offsets go from -8 to 8, for the bounded form; None for the plain one.
 
     Returns:
         [types, heads, queries, keys], float32 for attention in float32 and float16 for 16-bit dtypes; 4 types where
@@ -148,15 +164,18 @@ def cpb_bias(
         raise ValueError(f"shift_size must be at least 0 and less than the window {window_size}, got {shift_size}")
     if min(queries, keys) < window_h * window_w:
         raise ValueError(f"padded_size must be at least {window_h * window_w} tokens, got {padded_size}")
+    if span is not None and min(span) < 1:
+        raise ValueError(f"span must be at least 1 by 1 tokens, got {span}")
     offsets = (2 * window_h - 1) * (2 * window_w - 1)
     device = fc1_weight.device
     by_offset = torch.empty((heads, offsets), dtype=torch.float32, device=device)
     launch(
         _offsets_kernel,
         heads * cdiv(offsets, BLOCK),
-        *(fc1_weight, fc1_bias, fc2_weight, fc2_bias, by_offset),
+        *(fc1_weight, fc1_bias, fc2_weight, fc2_bias, by_offset, *(span or (0, 0))),
         WINDOW_H=window_h,
         WINDOW_W=window_w,
+        BOUNDED=span is not None,
         HIDDEN=hidden,
         BLOCK=BLOCK,
         BLOCK_HIDDEN=64,
@@ -169,8 +188,7 @@ def cpb_bias(
     launch(
         _table_kernel,
         types * heads * cdiv(queries, block_m) * cdiv(keys, block_n),
-        *(by_offset, out),
-        HEADS=heads,
+        *(by_offset, out, heads),
         WINDOW_H=window_h,
         WINDOW_W=window_w,
         SHIFT_H=shift_h,

@@ -184,13 +184,14 @@ def check_vectors(channels: int, like: Tensor, **vectors: Tensor | None) -> None
             check(name, vector, (channels,), like=like)
 
 
-def check_extra_norm(channels: int, like: Tensor, extra_weight: Tensor | None, extra_bias: Tensor | None) -> bool:
-    """Whether there is a second LayerNorm, whose two vectors are checked."""
-    if (extra_weight is None) != (extra_bias is None):
-        given, missing = ("extra_weight", "extra_bias")[:: 1 if extra_bias is None else -1]
+def check_pair(channels: int, like: Tensor, **vectors: Tensor | None) -> bool:
+    """Whether there is a LayerNorm that may be left out; its two vectors are checked, by their names."""
+    (weight_name, weight), (bias_name, bias) = vectors.items()
+    if (weight is None) != (bias is None):
+        given, missing = (weight_name, bias_name)[:: 1 if bias is None else -1]
         raise ValueError(f"{given} and {missing} must be given together, got {given} alone")
-    check_vectors(channels, like, extra_weight=extra_weight, extra_bias=extra_bias)
-    return extra_weight is not None
+    check_vectors(channels, like, **vectors)
+    return weight is not None
 
 
 def check_mlp(

@@ -15,7 +15,7 @@ from .configs import at_most, cdiv, config, row_tiles
 from .launch import (
     arch_of,
     check,
-    check_extra_norm,
+    check_pair,
     check_rows,
     check_vectors,
     check_weight,
@@ -113,7 +113,7 @@ def linear_norm_residual(
     check_weight("x", x, tuple(x.shape), residual)
     check_vectors(channels, weight, bias=bias)
     check_vectors(channels, residual, norm_weight=norm_weight, norm_bias=norm_bias)
-    has_extra = check_extra_norm(channels, residual, extra_weight, extra_bias)
+    has_extra = check_pair(channels, residual, extra_weight=extra_weight, extra_bias=extra_bias)
     rows = x.numel() // k
     check_rows("x", rows)
     out = torch.empty_like(residual)

@@ -1,6 +1,6 @@
 """merge_norm: patch merging up to its reduction, each 2x2 neighbourhood of a map concatenated and normalised.
 
-    x [B, H, W, C], norm over 4C, y [B, ceil(H / 2), ceil(W / 2), 4C]
+    x [B, H, W, C], norm over 4C if there is one here, y [B, ceil(H / 2), ceil(W / 2), 4C]
 
 Channels are concatenated as (column in the pair, row in the pair, C); odd sizes are padded with zeros, which take part
 in the norm. The gather is index arithmetic. The reduction is linear's, on rows that lie one after the other: a product
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import at_most, cdiv, columns, config
-from .launch import arch_of, check, check_rows, check_vectors, launch, operator, precision_name
+from .launch import arch_of, check, check_pair, check_rows, launch, operator, precision_name
 from .tiles import begin, layer_norm, store_rows
 
 LARGEST_CHANNELS = 2048  # of x
@@ -23,7 +23,7 @@ LARGEST_CHANNELS = 2048  # of x
 @triton.jit(do_not_specialize=["rows", "height", "width"])
 def _merge_norm_kernel(
     x,  # [B, H, W, C]
-    norm_weight,  # [4C]
+    norm_weight,  # [4C]; nothing without NORM
     norm_bias,  # [4C]
     out,  # [B, ceil(H / 2), ceil(W / 2), 4C]
     rows,
@@ -33,6 +33,7 @@ def _merge_norm_kernel(
     C: tl.constexpr,
     TILE: tl.constexpr,
     COUNT: tl.constexpr,
+    NORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     OVERLAPPED: tl.constexpr = False,
 ):
@@ -53,13 +54,16 @@ def _merge_norm_kernel(
             mask = mask & (column < 4 * C)[None, :]
         place = (down * width + right).to(tl.int64) * C + column % C
         tiles = tiles + (tl.load(corner[:, None] + place[None, :], mask=mask, other=0.0).to(tl.float32),)
-    normed = layer_norm(tiles, norm_weight, norm_bias, eps, 4 * C, TILE, COUNT)
-    store_rows(out + row.to(tl.int64) * (4 * C), normed, inside, 4 * C, TILE, COUNT)
+    if NORM:
+        tiles = layer_norm(tiles, norm_weight, norm_bias, eps, 4 * C, TILE, COUNT)
+    store_rows(out + row.to(tl.int64) * (4 * C), tiles, inside, 4 * C, TILE, COUNT)
 
 
 @operator
-def merge_norm(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
-    """Concatenate each 2x2 neighbourhood, LayerNorm.
+def merge_norm(
+    x: Tensor, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Concatenate each 2x2 neighbourhood, LayerNorm where norm_weight is given.
 
     Args:
         x: [B, H, W, C], float16, bfloat16 or float32, contiguous, C at most 2048; odd sizes are padded with zeros at
@@ -70,13 +74,14 @@ def merge_norm(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) ->
         [B, ceil(H / 2), ceil(W / 2), 4C] in the dtype of x.
 
     Raises:
-        ValueError: A tensor of another shape, dtype or device, or not contiguous, or too many channels.
+        ValueError: A tensor of another shape, dtype or device, or not contiguous, one of two given, or too many
+            channels.
     """
     check("x", x, (None,) * 4)
     batch, height, width, channels = x.shape
     if channels > LARGEST_CHANNELS:
         raise ValueError(f"x must have at most {LARGEST_CHANNELS} channels, got {channels}")
-    check_vectors(4 * channels, x, norm_weight=norm_weight, norm_bias=norm_bias)
+    has_norm = check_pair(4 * channels, x, norm_weight=norm_weight, norm_bias=norm_bias)
     check_rows("x", batch * height * width)
     merged_h, merged_w = (height + 1) // 2, (width + 1) // 2
     rows = batch * merged_h * merged_w
@@ -87,10 +92,11 @@ def merge_norm(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) ->
     launch(
         _merge_norm_kernel,
         cdiv(rows, chosen.blocks["BLOCK_M"]),
-        *(x, norm_weight, norm_bias, out, rows, height, width, eps),
+        *(x, *((norm_weight, norm_bias) if has_norm else (x, x)), out, rows, height, width, eps),
         C=channels,
         TILE=tile,
         COUNT=count,
+        NORM=has_norm,
         config=chosen,
         **chosen.blocks,
     )

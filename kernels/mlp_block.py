@@ -16,8 +16,8 @@ from torch import Tensor
 from .configs import at_most, cdiv, config, row_tiles
 from .launch import (
     arch_of,
-    check_extra_norm,
     check_mlp,
+    check_pair,
     check_vectors,
     launch,
     operator,
@@ -204,7 +204,7 @@ def mlp_block(
     """
     rows, hidden, channels = check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     check_vectors(channels, x, norm_weight=norm_weight, norm_bias=norm_bias)
-    has_extra = check_extra_norm(channels, x, extra_weight, extra_bias)
+    has_extra = check_pair(channels, x, extra_weight=extra_weight, extra_bias=extra_bias)
     out = torch.empty_like(x)
     chosen = config(
         "mlp_block",

@@ -15,9 +15,10 @@ IMAGE_SIZES = (224, 256, 384)
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 HEAD_DIM = 32
 BATCHES = (1, 2, 512)  # one image, few and many: tables choose by the number of rows
-BIAS_MLP_HIDDEN = 384
 PADDED_VARIANT = "tiny"  # maps that are no whole number of windows: images of other sizes
 PADDED_WINDOWS = (7, 12)  # windows of 8 by 8 tokens take as many slots as those of 7 by 7
+IMAGES_OF_V2 = ((192, 12), (256, 16), (384, 24))  # with windows; those of 8 by 8 tokens are CR's, too
+VARIANT_OF_V2 = "tiny"  # wider ones differ from this and from CR's by the number of heads alone
 
 
 def launches(arch: str, precision: str, variants: Sequence[str] = tuple(VARIANTS)) -> list[Launch]:
@@ -30,9 +31,11 @@ def launches(arch: str, precision: str, variants: Sequence[str] = tuple(VARIANTS
                 for batch in BATCHES:
                     _patch_embed(batch, channels, dtype, stream)
                     for window in (size // 32 for size in IMAGE_SIZES):
-                        _stages(batch, channels, window, dtype, stream, padding=0)
+                        _stages(batch, channels, 8 * window, window, dtype, stream)
                         if channels == VARIANTS[PADDED_VARIANT] and window in PADDED_WINDOWS:
-                            _stages(batch, channels, window, dtype, stream, padding=1)
+                            _stages(batch, channels, 8 * window, window, dtype, stream, padding=1)
+                    for size, window in IMAGES_OF_V2 if channels == VARIANTS[VARIANT_OF_V2] else ():
+                        _stages(batch, channels, size // 4, window, dtype, stream, v2=True)
         return recorded
 
 
@@ -69,28 +72,43 @@ def _patch_embed(batch: int, channels: int, dtype: torch.dtype, stream: torch.dt
             patch_embed(layout, weight, bias, *_norm(channels, stream), *scale)
 
 
-def _stages(batch: int, channels: int, window: int, dtype: torch.dtype, stream: torch.dtype, padding: int) -> None:
-    """Four stages; in each a block without shift, and one with a shift and a second norm."""
+def _stages(
+    batch: int,
+    channels: int,
+    map_size: int,
+    window: int,
+    dtype: torch.dtype,
+    stream: torch.dtype,
+    padding: int = 0,
+    v2: bool = False,
+) -> None:
+    """Four stages of the CR family, or of V2; in each a block without shift, and one with a shift and, in CR, a second
+    norm."""
     for stage in range(4):
-        side = window * (8 >> stage) + padding
+        side = (map_size >> stage) + padding
         if stage:
-            merge = Merge(_norm(4 * channels, stream), _empty(2 * channels, 4 * channels, dtype=dtype))
+            norm = _norm(2 * channels if v2 else 4 * channels, stream)
+            merge = Merge(norm, _empty(2 * channels, 4 * channels, dtype=dtype), norm_last=v2)
             run_merge(merge, _empty(batch, 2 * side, 2 * side, channels, dtype=stream))
             channels *= 2
         x = _empty(batch, side, side, channels, dtype=stream)
-        for shift, second_norm in ((0, False), (window // 2 if side > window else 0, True)):
-            run_blocks([_block(channels, window, shift, second_norm, dtype, stream)], x)
+        fitting = min(window, side)
+        for shift, second_norm in ((0, False), (window // 2 if side > window else 0, not v2)):
+            run_blocks([_block(channels, fitting, shift, second_norm, dtype, stream, v2)], x)
 
 
-def _block(channels: int, window: int, shift: int, second_norm: bool, dtype: torch.dtype, stream: torch.dtype) -> Block:
+def _block(
+    channels: int, window: int, shift: int, second_norm: bool, dtype: torch.dtype, stream: torch.dtype, v2: bool
+) -> Block:
     heads, windows, shifts = channels // HEAD_DIM, (window, window), (shift, shift)
     forms = forms_of(channels, windows, dtype, torch.device("meta"))
-    bias_mlp = *_linear(2, BIAS_MLP_HIDDEN, stream), *_linear(BIAS_MLP_HIDDEN, heads, stream)
+    hidden, span = (512, windows) if v2 else (384, None)
+    bias_mlp = *_linear(2, hidden, stream), *_linear(hidden, heads, stream)
     return Block(
         window_size=windows,
         shift_size=shifts,
         forms=forms,
-        table=bias_table(forms, bias_mlp, HEAD_DIM, windows, shifts, dtype),
+        table=bias_table(forms, bias_mlp, HEAD_DIM, windows, shifts, dtype, span),
         logit_scale=_empty(heads, dtype=stream),
         qkv=_linear(channels, 3 * channels, dtype),
         proj=_linear(channels, channels, dtype),

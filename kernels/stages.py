@@ -58,6 +58,7 @@ class Merge(NamedTuple):
 
     norm: Norm
     reduction: Tensor  # [2C, 4C]
+    norm_last: bool  # over 2C after the reduction, else over 4C before it
 
 
 class Forms(NamedTuple):
@@ -117,16 +118,17 @@ def bias_table(
     window_size: Size,
     shift_size: Size,
     dtype: torch.dtype,
+    span: Size | None = None,
 ) -> Tensor:
     """The table of position biases as a block's attention in a dtype takes it.
 
     Args:
         forms: Those for many rows.
-        mlp: As in cpb_bias.
+        mlp, span: As in cpb_bias.
     """
     apart = forms.attention_half == "window_attention"
     padded = padded_size(mlp[0].device, dtype, window_size, head_dim) if apart else [slots(window_size)] * 2
-    table = cpb_bias(*mlp, list(window_size), list(shift_size), padded, dtype)
+    table = cpb_bias(*mlp, list(window_size), list(shift_size), padded, dtype, span and list(span))
     return table if apart else arranged(table)
 
 
@@ -179,8 +181,9 @@ def _mlp_half(block: Block, forms: Forms, x: Tensor) -> Tensor:
 def run_merge(merge: Merge, x: Tensor) -> Tensor:
     """Patch merging. [B, H, W, C], contiguous, to [B, ceil(H / 2), ceil(W / 2), 2C]."""
     dtype = x.dtype
-    x = merge_norm(x, *merge.norm)
-    return linear(x, merge.reduction, None).to(dtype)
+    x = merge_norm(x) if merge.norm_last else merge_norm(x, *merge.norm)
+    x = linear(x, merge.reduction, None)
+    return norm_residual(x, *merge.norm) if merge.norm_last else x.to(dtype)
 
 
 def _linear_norm_residual(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .model import SwinTransformerV2Cr, take_indices
+from .classifier import Classifier, take_indices
 
 
 class FeatureInfo:
@@ -25,9 +25,10 @@ class FeatureInfo:
 
 
 class FeatureListNet(nn.ModuleDict):
-    """A model cut down to its patch embedding and stages, which returns a list of [B, C, H, W] maps.
+    """A model cut down to its patch embedding and stages, which returns a list of maps as they are between its parts:
+    [B, C, H, W] in the CR family, [B, H, W, C] in V2.
 
-    The children are named as timm names them: ``patch_embed``, ``stages_0``, ``stages_1``, …
+    The children are named as timm names them: ``patch_embed``, ``stages_0``, ``stages_1``, … (in V2 ``layers_0``, …).
 
     Args:
         model: The model to take the modules from.
@@ -35,14 +36,15 @@ class FeatureListNet(nn.ModuleDict):
             of the stages.
     """
 
-    def __init__(self, model: SwinTransformerV2Cr, out_indices: int | Sequence[int]):
-        taken = take_indices(len(model.stages), out_indices)
-        stages = {f"stages_{index}": stage for index, stage in enumerate(model.stages[: max(taken) + 1])}
+    def __init__(self, model: Classifier, out_indices: int | Sequence[int]):
+        stages, name = model.all_stages(), model.stages_name
+        taken = take_indices(len(stages), out_indices)
+        stages = {f"{name}_{index}": stage for index, stage in enumerate(stages[: max(taken) + 1])}
         super().__init__({"patch_embed": model.patch_embed, **stages})
         self.feature_info = FeatureInfo(model.feature_info, taken)
         self.img_size = model.img_size
         self.in_chans = model.in_chans
-        self.returned = {f"stages_{index}" for index in taken}
+        self.returned = {f"{name}_{index}" for index in taken}
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []

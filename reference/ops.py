@@ -1,10 +1,10 @@
-"""The operations of Swin Transformer V2 (CR), each as the plainest PyTorch that defines it.
+"""The operations of Swin Transformer V2, each as the plainest PyTorch that defines it.
 
 Activations are [B, H, W, C]. Weights are laid out as ``torch.nn.Linear`` and ``torch.nn.Conv2d`` keep them. A
 kernel with the same name as a function here computes that function.
 
-Source: Liu et al., "Swin Transformer V2" (arXiv:2111.09883), sections 3.2 to 3.4, in the form of timm's
-``swin_transformer_v2_cr``.
+Source: Liu et al., "Swin Transformer V2" (arXiv:2111.09883), sections 3.2 to 3.4, in the forms of timm's
+``swin_transformer_v2_cr`` and ``swin_transformer_v2``.
 """
 
 import math
@@ -16,21 +16,38 @@ from torch import Tensor
 MASK_VALUE = -100.0  # added, not -inf: far logits can still see through it, and so does timm's mask
 MAX_LOGIT_SCALE = math.log(100.0)
 NORM_EPS = 1e-12  # of the q and k norms, as torch.nn.functional.normalize
+LARGEST_OFFSET = 8.0  # in the bounded form of the position bias
+LARGEST_BIAS = 16.0
 
 
-def log_relative_offsets(window_size: tuple[int, int], device=None, dtype=torch.float32) -> Tensor:
-    """Log-spaced relative offsets of all pairs in a window: sign(d) * log(1 + |d|).
+def log_spaced(offsets: Tensor, span: tuple[int, int] | None = None) -> Tensor:
+    """sign(d) log(1 + |d|) of offsets [..., (row, column)] in tokens.
+
+    In the bounded form they are scaled first, so that those in a window of the size ``span`` go from -8 to 8, and the
+    logarithm is one to the base 8.
+    """
+    if span is None:
+        return offsets.sign() * torch.log(1.0 + offsets.abs())
+    rows, columns = (offsets[..., axis] / max(span[axis] - 1, 1) * LARGEST_OFFSET for axis in (0, 1))
+    offsets = torch.stack((rows, columns), dim=-1)
+    return offsets.sign() * torch.log2(1.0 + offsets.abs()) / math.log2(8.0)
+
+
+def log_relative_offsets(
+    window_size: tuple[int, int], device=None, dtype=torch.float32, span: tuple[int, int] | None = None
+) -> Tensor:
+    """Log-spaced relative offsets of all pairs in a window.
 
     Args:
         window_size: (Wh, Ww) in tokens.
+        span: As log_spaced takes it.
 
     Returns:
         [N, N, 2] with N = Wh * Ww, query first; the last axis is (row, column).
     """
     rows, columns = (torch.arange(size, device=device, dtype=dtype) for size in window_size)
     tokens = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).flatten(1)
-    offsets = (tokens[:, :, None] - tokens[:, None, :]).permute(1, 2, 0)
-    return offsets.sign() * torch.log(1.0 + offsets.abs())
+    return log_spaced((tokens[:, :, None] - tokens[:, None, :]).permute(1, 2, 0), span)
 
 
 def window_masks(window_size: tuple[int, int], shift_size: tuple[int, int], device=None) -> Tensor:
@@ -63,25 +80,29 @@ def cpb_bias(
     fc1_weight: Tensor,
     fc1_bias: Tensor,
     fc2_weight: Tensor,
-    fc2_bias: Tensor,
+    fc2_bias: Tensor | None,
     window_size: tuple[int, int],
     shift_size: tuple[int, int] = (0, 0),
+    span: tuple[int, int] | None = None,
 ) -> Tensor:
     """Log-spaced continuous position bias with the shift mask added (section 3.3).
 
-    bias[t, h, i, j] = MLP(sign(d) log(1 + |d|))[h] + mask[t, i, j] with d the offset from token j to token i and MLP
-    linear, ReLU, linear.
+    bias[t, h, i, j] = MLP(log-spaced d)[h] + mask[t, i, j] with d the offset from token j to token i and MLP linear,
+    ReLU, linear. In the bounded form it is 16 sigmoid(MLP(...)).
 
     Args:
         fc1_weight, fc1_bias: [hidden, 2], [hidden].
-        fc2_weight, fc2_bias: [heads, hidden], [heads].
+        fc2_weight, fc2_bias: [heads, hidden], [heads] or None.
         window_size, shift_size: (rows, columns) in tokens.
+        span: The window in which offsets go from -8 to 8, for the bounded form; None for the plain one.
 
     Returns:
         [4, heads, N, N] in the dtype of the weights, one table for each window type.
     """
-    offsets = log_relative_offsets(window_size, fc1_weight.device).to(fc1_weight.dtype)
+    offsets = log_relative_offsets(window_size, fc1_weight.device, span=span).to(fc1_weight.dtype)
     bias = F.linear(F.relu(F.linear(offsets, fc1_weight, fc1_bias)), fc2_weight, fc2_bias).permute(2, 0, 1)
+    if span is not None:
+        bias = LARGEST_BIAS * bias.sigmoid()
     mask = window_masks(window_size, shift_size, bias.device).to(bias.dtype) * MASK_VALUE
     return bias + mask[:, None]
 
@@ -216,15 +237,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
 def norm_residual(
     x: Tensor,
     norm: tuple[Tensor, Tensor, float],
-    residual: Tensor,
+    residual: Tensor | None,
     extra_norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """residual + LN(x), then a second LayerNorm on the sum where a block has one.
+    """residual + LN(x), then a second LayerNorm on the sum where a block has one. Without a residual, LN(x).
 
     x is [..., C], or [..., parts, C] of which it is the sum.
     """
-    x = x.sum(-2) if x.dim() > residual.dim() else x
-    x = residual + _layer_norm(x, norm)
+    x = x.sum(-2) if residual is not None and x.dim() > residual.dim() else x
+    x = _layer_norm(x, norm) if residual is None else residual + _layer_norm(x, norm)
     return x if extra_norm is None else _layer_norm(x, extra_norm)
 
 
@@ -258,28 +279,31 @@ def mlp_block(
     return norm_residual(mlp_parts(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias), norm, x, extra_norm)
 
 
-def merge_norm(x: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
-    """Each 2x2 neighbourhood to one token: concatenate, LayerNorm.
+def merge_norm(x: Tensor, norm: tuple[Tensor, Tensor, float] | None) -> Tensor:
+    """Each 2x2 neighbourhood to one token: concatenate, then LayerNorm where there is one here.
 
     Channels are concatenated as (column in the pair, row in the pair, C). Odd sizes are padded with zeros at the end.
 
     Args:
         x: [B, H, W, C].
-        norm: LayerNorm over 4C as (weight, bias, eps).
+        norm: LayerNorm over 4C as (weight, bias, eps), or None.
 
     Returns:
         [B, ceil(H / 2), ceil(W / 2), 4C].
     """
     x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
     x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, H/2, row, W/2, column, C]
-    return _layer_norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3), norm)
+    x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)
+    return x if norm is None else _layer_norm(x, norm)
 
 
-def patch_merging(x: Tensor, norm: tuple[Tensor, Tensor, float], weight: Tensor) -> Tensor:
-    """Each 2x2 neighbourhood to one token: merge_norm, then the reduction by weight [2C, 4C].
+def patch_merging(x: Tensor, norm: tuple[Tensor, Tensor, float], weight: Tensor, norm_last: bool = False) -> Tensor:
+    """Each 2x2 neighbourhood to one token: merge_norm, then the reduction by weight [2C, 4C]; or the norm after it.
 
     [B, H, W, C] to [B, ceil(H / 2), ceil(W / 2), 2C].
     """
+    if norm_last:
+        return norm_residual(linear(merge_norm(x, None), weight, None), norm, None)
     return linear(merge_norm(x, norm), weight, None)
 
 

@@ -158,8 +158,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
                 value[::3] = math.log(100.0) + 0.7
             elif "norm" in name:
                 value = normal(shape, 0.3, mean=1.0 if name.endswith("weight") else 0.0)
-            elif "meta_mlp" in name:
-                value = normal(shape, 0.7 if "fc1" in name else 0.1)
+            elif "meta_mlp" in name or "cpb_mlp" in name:
+                value = normal(shape, 0.7 if shape[-1] == 2 or "fc1" in name else 0.1)
             elif name.endswith("bias"):
                 value = normal(shape, 0.3)
             else:

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 # Where training scripts put the weights; the averaged ones first, as timm takes them.
 NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")
+COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
+MERGING_AT_THE_END = "layers.0.downsample.reduction.weight"
+LAST_IN_STAGE = re.compile(r"^layers\.(\d+)\.downsample\.")
 _LOADING = threading.Lock()
 
 
@@ -24,10 +28,10 @@ class CheckpointError(RuntimeError):
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, *, with_classifier: bool = True) -> None:
-    """Load a checkpoint into a Swin Transformer V2 CR model.
+    """Load a checkpoint into a Swin Transformer V2 model.
 
     Takes safetensors and PyTorch files (read with weights_only=True), state_dicts nested under ``model`` or
-    ``state_dict``, and old ones with ``tau`` and ``head.`` keys.
+    ``state_dict``, old ones with ``tau`` and ``head.`` keys, and those of the paper's authors.
 
     Args:
         model: The model; on an error it is left as it was.
@@ -150,9 +154,16 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Old checkpoints to today's: ``tau`` to logit_scale = log(1 / tau), ``head.`` to ``head.fc.``."""
+    """Old checkpoints to today's: ``tau`` to logit_scale = log(1 / tau), ``head.`` to ``head.fc.``.
+
+    And those of the paper's authors: without what a model computes from its sizes, and with patch merging at the begin
+    of the next stage in place of the end of one.
+    """
+    state = {key: value for key, value in state.items() if key.rpartition(".")[2] not in COMPUTED}
+    if MERGING_AT_THE_END in state:
+        state = {LAST_IN_STAGE.sub(lambda at: f"layers.{int(at[1]) + 1}.downsample.", k): v for k, v in state.items()}
     if "head.fc.weight" in state:
-        return dict(state)
+        return state
     modern = {}
     for key, value in state.items():
         if key.rpartition(".")[2] == "tau" and not _kind_of(value):

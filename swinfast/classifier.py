@@ -2,21 +2,22 @@
 
 from collections.abc import Hashable
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from . import graphs
-from .adapters import WEIGHTED, class_of, dropouts, foreign_methods, is_a, is_hooked, methods, patches
+from .adapters import parts_of
 from .autocast import autocast_dtype
 from .calls import is_traced, is_transformed, kind_of, needs_grad
 from .fused import FusedPatchEmbed
 from .graphs import Graphs
+from .modules import WEIGHTED, class_of, dropouts, foreign_methods, is_a, is_hooked, methods, patches
 from .plan import Plan, SequencePlan, edits_of
 from .sequence import FusedStages, FusedWhole
 from .watch import Watch
 
-PARTS = ("patch_embed", "stages", "head")  # all that the original forward calls, one after the other
 CALLED = ("forward_features", "forward_head")  # by the original forward, which a graph goes around
 IN_HEAD = ("global_pool", "pool", "drop", "fc", "flatten")
 LAYERS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Conv2d, nn.Dropout, nn.Flatten, nn.Identity, nn.Linear)
@@ -30,18 +31,18 @@ class ClassifierPlan:
     """How a classifier runs as one: the plans of its parts, which hold while one pass over all finds nothing new.
 
     Attributes:
-        parameters: All inside, and in_head those of the head, which a graph reads as they are.
+        parameters: All inside, and in_rest those of what comes after the stages, which a graph reads as they are.
         graphs: The CUDA graphs of the whole.
         tables: What the parts' backends need of the parameters, with the versions of these that it came from.
     """
 
     def __init__(self, model: "FusedClassifier", patch_embed: Plan, stages: SequencePlan):
         self.patch_embed, self.stages = patch_embed, stages
-        self.in_head = tuple(model.head.parameters())
-        self.parameters = tuple(dict.fromkeys((*patch_embed.parameters, *stages.parameters, *self.in_head)))
+        self.in_rest = tuple(chain.from_iterable(part.parameters() for part in model.parts_after_stages()))
+        self.parameters = tuple(dict.fromkeys((*patch_embed.parameters, *stages.parameters, *self.in_rest)))
         self.graphs = Graphs(torch.contiguous_format)
         self._watch = Watch(model, self.parameters)
-        parts = model.patch_embed, model.stages, *model.stages
+        parts = model.fused_embedding(), model.fused_stages(), *model.fused_stages()
         self._parts = [(part, part._swinfast, part._swinfast.plan) for part in parts]
         self.tables: dict[Hashable, tuple[list[int], tuple]] = {}
 
@@ -70,11 +71,17 @@ class ClassifierPlan:
 
 
 def _is_known(model: nn.Module) -> bool:
-    """Whether a model does with its parts what its class does, and all of its head is known and can be watched."""
+    """Whether a model does with its parts what its class does, and all after its stages is known and can be watched."""
     cls, head = class_of(model), model._modules.get("head")
-    if set(model._modules) != set(PARTS) or model._parameters or model._buffers:
+    parts = parts_of(cls)
+    if set(model._modules) != set(parts) or model._parameters or model._buffers:
         return False
     if not is_a("ClassifierHead", type(head), cls) or not all(map(_is_known_in_head, head.modules())):
+        return False
+    norms = [model._modules[name] for name in parts[2:-1]]
+    if any(type(norm) not in (nn.LayerNorm, nn.Identity) or not _is_known_in_head(norm) for norm in norms):
+        return False
+    if any(next(patches(norm), None) is not None or "forward" in norm.__dict__ for norm in norms):
         return False
     if foreign_methods(cls) or any(getattr(type(model), name) is not getattr(cls, name) for name in CALLED):
         return False
@@ -100,6 +107,17 @@ def _is_known_in_head(module: nn.Module) -> bool:
 class FusedClassifier(FusedWhole):
     """Images to logits in one CUDA graph, where that pays; else part by part, each replaced by itself."""
 
+    def fused_embedding(self) -> nn.Module | None:
+        return self._modules.get(parts_of(self.original)[0])
+
+    def fused_stages(self) -> nn.Module | None:
+        """The stages."""
+        return self._modules.get(parts_of(self.original)[1])
+
+    def parts_after_stages(self) -> list[nn.Module]:
+        """What comes after the stages, the head last."""
+        return [self._modules[name] for name in parts_of(self.original)[2:]]
+
     def plan(self) -> ClassifierPlan | None:
         kept = self._swinfast.plan
         if kept is None or not kept.holds(self):
@@ -111,13 +129,16 @@ class FusedClassifier(FusedWhole):
         versions = list(map(edits_of, plan.parameters))
         kept = plan.tables.get(kind)
         if kept is None or kept[0] != versions:
-            parts = self.patch_embed.tables(plan.patch_embed, kind), *self.stages.tables(plan.stages, kind)
-            kept = plan.tables[kind] = versions, (*parts, plan.in_head)
+            parts = (
+                self.fused_embedding().tables(plan.patch_embed, kind),
+                *self.fused_stages().tables(plan.stages, kind),
+            )
+            kept = plan.tables[kind] = versions, (*parts, plan.in_rest)
         return kept[1]
 
     def _plans(self) -> tuple[Plan, SequencePlan] | None:
         """The plans of the parts, None where something must see them called, or one has no graphs."""
-        patch_embed, stages = self._modules.get("patch_embed"), self._modules.get("stages")
+        patch_embed, stages = self.fused_embedding(), self.fused_stages()
         if not isinstance(patch_embed, FusedPatchEmbed) or not isinstance(stages, FusedStages) or not _is_known(self):
             return None
         if any(method in self.__dict__ for method in CALLED) or any(d.training for d in dropouts(self.head)):
@@ -149,7 +170,7 @@ class FusedClassifier(FusedWhole):
             reads=lambda: self.tables(plan, kind),
             compute=partial(self._compute, plan),
             plain=partial(self.original.forward, self, x),
-            first=partial(_embed, self.patch_embed, plan.patch_embed),
+            first=partial(_embed, self.fused_embedding(), plan.patch_embed),
         )
 
     def _may_be_captured(self, x: Tensor) -> bool:
@@ -159,11 +180,18 @@ class FusedClassifier(FusedWhole):
         return wanted and graphs.on_gpu(x) and autocast_dtype(x.device) is None
 
     def _is_unchecked(self) -> bool:
-        return any(module._swinfast.unchecked for module in (self.patch_embed, *self.stages))
+        return any(module._swinfast.unchecked for module in (self.fused_embedding(), *self.fused_stages()))
 
     def _compute(self, plan: ClassifierPlan, tables: tuple, held: list[Tensor]) -> Tensor:
         """What comes after the patch embedding."""
-        return self.forward_head(self.stages.compute(plan.stages, tables[1:-1], held.pop()))
+        return self.after_fused_stages(self.fused_stages().compute(plan.stages, tables[1:-1], held.pop()))
+
+    def after_fused_stages(self, x: Tensor) -> Tensor:
+        """The last map to logits."""
+        *norms, _ = self.parts_after_stages()
+        for norm in norms:
+            x = norm(x)
+        return self.forward_head(x)
 
 
 def _embed(patch_embed: FusedPatchEmbed, plan: Plan, tables: tuple, images: Tensor, out: Tensor | None) -> Tensor:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from . import graphs, torch_backend
-from .adapters import DTYPES, SUPPORTED, Adapter, adapter_of, dropouts, patches, why_not
+from .adapters import PATCH_EMBEDDING, STAGE, SUPPORTED, Adapter, adapter_of, why_not
 from .autocast import autocast_dtype
 from .backends import choose
 from .calls import is_traced, is_transformed, kind_of, needs_grad
 from .errors import in_a_line, raise_out_of_memory
+from .modules import DTYPES, dropouts, patches
 from .plan import Plan
 from .recompute import FusedForward
 from .self_check import is_asked_for, self_check
@@ -212,8 +213,10 @@ class FusedPatchEmbed(FusedComputation):
         return backend.derive_patch_embed(spec, traced, autocast)
 
     def _run(self, backend, spec, tables, x, out=None):
-        out = None if out is None else out.permute(0, 2, 3, 1)
-        return backend.patch_embed(spec, tables, x, self._swinfast.image_scale, out).permute(0, 3, 1, 2)
+        if out is not None and self.adapter.channels_first:
+            out = _channels_last(out)
+        out = backend.patch_embed(spec, tables, x, self._swinfast.image_scale, out)
+        return _channels_first(out) if self.adapter.channels_first else out
 
     def _check(self, spec, images):
         _check_kind(images)
@@ -228,6 +231,10 @@ class FusedPatchEmbed(FusedComputation):
             for axis, got, expected in zip(("height", "width"), images.shape[2:], spec.img_size, strict=True):
                 if got != expected:
                     raise AssertionError(f"Input image {axis} ({got}) doesn't match model ({expected}).")
+        elif spec.whole_patches:
+            for axis, got, size in zip(("height", "width"), images.shape[2:], patch, strict=True):
+                if got % size:
+                    raise AssertionError(f"Input image {axis} ({got}) should be divisible by patch size ({size}).")
         if images.dtype == torch.uint8:
             self._check_image_scale(spec.proj.in_channels)
 
@@ -258,7 +265,7 @@ def _check_kind(images: Any) -> None:
 
 
 class FusedStage(FusedComputation):
-    """Patch merging and the blocks of one stage, [B, C, H, W] in and out."""
+    """Patch merging and the blocks of one stage, [B, C, H, W] in and out, or [B, H, W, C] if its family has it so."""
 
     def fused_forward(self, plan, x):
         if self._swinfast.unchecked or not graphs.may_run(self._swinfast.cuda_graphs, plan, x):
@@ -279,12 +286,22 @@ class FusedStage(FusedComputation):
         return backend.derive_stage(spec, traced, autocast)
 
     def _run(self, backend, spec, tables, x):
-        held = [x.permute(0, 2, 3, 1)]
+        channels_first = self.adapter.channels_first
+        held = [_channels_last(x) if channels_first else x]
         del x  # so that a stage can free its input
-        return backend.stage(spec, tables, held.pop()).permute(0, 3, 1, 2)
+        out = backend.stage(spec, tables, held.pop())
+        return _channels_first(out) if channels_first else out
 
 
-FUSED = {"patch embedding": FusedPatchEmbed, "stage": FusedStage}
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+FUSED = {PATCH_EMBEDDING: FusedPatchEmbed, STAGE: FusedStage}
 
 
 def not_optimized(model: nn.Module) -> ValueError:

@@ -86,7 +86,7 @@ class Graphs:
         failure: Why nothing is captured any more, or, without memory, nothing as large; None where nothing went wrong.
     """
 
-    def __init__(self, memory_format: torch.memory_format = torch.channels_last):
+    def __init__(self, memory_format: torch.memory_format):
         """memory_format: Of the input as the graphs keep it."""
         self._memory_format = memory_format
         self.failure: str | None = None
@@ -111,7 +111,7 @@ class Graphs:
         """compute(reads(), [x]) by a graph, or plain() where there is none yet.
 
         Args:
-            x: [B, C, H, W], any strides.
+            x: Any shape and strides.
             kind: What the launches depend on besides the input's signature.
             reads: What compute reads; a graph is valid for as long as they are the same objects.
             compute: What is captured. It takes its input out of the list, so that it can free it.

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from . import reference
 from .arguments import LARGEST
 from .checkpoints import adapt_first_convolution, load_checkpoint, load_state, read_checkpoint
 from .errors import in_a_line
-from .reference import FeatureListNet, SwinTransformerV2Cr
+from .reference import FeatureListNet, SwinTransformerV2, SwinTransformerV2Cr
 from .variants import VARIANTS, data_config
 
 CONFIG_FILE = "config.json"
@@ -30,7 +31,7 @@ def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
     """
     names = [
         f"{name}.{tag}" if pretrained else name
-        for name, (_, _, tag) in VARIANTS.items()
+        for name, (_, _, _, tag, _) in VARIANTS.items()
         if not pretrained or tag != "untrained"
     ]
     return sorted(name for name in names if fnmatch.fnmatch(name, filter or "*"))
@@ -43,8 +44,8 @@ def is_folder(name: str | Path) -> bool:
 
 def create_model(
     name: str | Path, pretrained: bool = False, checkpoint_path: str | Path = "", **overrides: Any
-) -> SwinTransformerV2Cr | FeatureListNet:
-    """A Swin Transformer V2 CR model of plain PyTorch, in training mode as timm's are: call .eval() on it.
+) -> SwinTransformerV2Cr | SwinTransformerV2 | FeatureListNet:
+    """A Swin Transformer V2 model of plain PyTorch, in training mode as timm's are: call .eval() on it.
 
     Args:
         name: One of list_models(), with or without a tag ("swinv2_cr_tiny_ns_224.sw_in1k"), or a folder that holds a
@@ -52,8 +53,9 @@ def create_model(
         pretrained: Download the published weights from the Hugging Face hub (extra "hub"). A classifier of another
             num_classes starts untrained, and the first convolution is adapted to other in_chans.
         checkpoint_path: Load this file; with num_classes=0 or features_only its classifier is left out.
-        **overrides: Arguments of SwinTransformerV2Cr, and features_only=True with out_indices for a model that returns
-            a list of feature maps [B, C, H, W].
+        **overrides: Arguments of SwinTransformerV2Cr, or SwinTransformerV2 for names without "cr", and
+            features_only=True with out_indices for a model that returns a list of feature maps, [B, C, H, W] in the
+            former family and [B, H, W, C] in the latter, as timm's.
 
     Returns:
         The model; its ``pretrained_cfg`` is the data configuration.
@@ -74,7 +76,9 @@ def create_model(
     else:
         architecture, config = _look_up(str(name))
         arguments = {}
-    arguments = VARIANTS[architecture][0] | {"img_size": config["input_size"][1:]} | arguments | overrides
+    variant = VARIANTS[architecture]
+    made_for = {"img_size": config["input_size"][1:], "num_classes": config["num_classes"]}
+    arguments = variant.arguments | made_for | arguments | overrides
     features_only = arguments.pop("features_only", False)
     out_indices = arguments.pop("out_indices", None)
     if out_indices is not None and not features_only:
@@ -83,7 +87,7 @@ def create_model(
         raise ValueError(f"pretrained=True and checkpoint_path={str(checkpoint_path)!r} are two sources of weights")
 
     try:
-        model = SwinTransformerV2Cr(**arguments)
+        model = getattr(reference, variant.model)(**arguments)
     except Exception as error:  # numbers that make no model raise nearly any type
         if not from_folder or overrides:
             raise
@@ -96,7 +100,7 @@ def create_model(
             model.head.fc = nn.Identity()  # nothing of the file's classifier is wanted, so nothing of it must fit
         load_checkpoint(model, checkpoint_path, with_classifier=keep_classifier)
     if features_only:
-        model = FeatureListNet(model, len(model.stages) if out_indices is None else out_indices)
+        model = FeatureListNet(model, len(model.all_stages()) if out_indices is None else out_indices)
     model.pretrained_cfg = model.default_cfg = config
     return model
 
@@ -126,8 +130,11 @@ def _read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     for key, value in (("pretrained_cfg", pretrained_cfg), ("model_args", model_args)):
         if not isinstance(value, dict):
             raise ValueError(f"{file} has {key} {value!r}, expected an object")
-    model_args = {key: value for key, value in model_args.items() if key not in NO_DIFFERENCE}
-    unknown = model_args.keys() - inspect.signature(SwinTransformerV2Cr).parameters.keys()
+    model_args = {
+        key: value for key, value in model_args.items() if key not in NO_DIFFERENCE and (key, value) != OUR_ACTIVATION
+    }
+    known = inspect.signature(getattr(reference, VARIANTS[architecture].model)).parameters
+    unknown = model_args.keys() - known.keys()
     if unknown:
         raise ValueError(f"{file} has unknown model_args: {', '.join(sorted(unknown))}")
     config = data_config(architecture) | {"tag": None, "hf_hub_id": None} | pretrained_cfg
@@ -161,6 +168,7 @@ def _is_list(kind: Any, value: Any) -> bool:
 NO_DIFFERENCE = (  # between answers in eval mode is made by these arguments of timm's
     "attn_drop_rate", "drop_path_rate", "drop_rate", "proj_drop_rate", "sequential_attn", "weight_init",
 )  # fmt: skip
+OUR_ACTIVATION = ("act_layer", "gelu")
 NUMBER = int | float
 ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "input_size": ("a list of three whole numbers", lambda value: _is_list(int, value) and len(value) == 3),
@@ -174,7 +182,7 @@ ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def _load_pretrained(model: SwinTransformerV2Cr, config: dict[str, Any]) -> None:
+def _load_pretrained(model: SwinTransformerV2Cr | SwinTransformerV2, config: dict[str, Any]) -> None:
     """Load the published weights, fitted to another number of classes or channels where the model has one."""
     path = _download(config)
     state = read_checkpoint(path)

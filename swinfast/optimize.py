@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from . import graphs
-from .adapters import DTYPES, SUPPORTED, adapter_for, class_of, is_classifier, is_patch_embed
+from .adapters import SUPPORTED, adapted, parts_of, patch_embeds
 from .arguments import check_model, finite_numbers
 from .backends import check_choice
 from .classifier import FusedClassifier
 from .fused import FUSED, Fused, FusedStage, ImageScale, Settings, fuse, not_optimized
+from .modules import DTYPES, class_of
 from .sequence import FusedStages
 from .variants import per_channel
 
@@ -58,7 +59,7 @@ def optimize(
     check_choice(backend, device)
     if cuda_graphs is True and not graphs.are_possible(device):
         raise RuntimeError(f"cuda_graphs=True can't run: no GPU, and the model is on {device}; use cuda_graphs='auto'")
-    if not any(adapter_for(module) for module in model.modules()):
+    if next(adapted(model), None) is None:
         raise ValueError(f"found nothing to optimize in {type(model).__name__}; supported are {SUPPORTED}")
     if not inplace:
         model = copy.deepcopy(model)
@@ -66,18 +67,16 @@ def optimize(
         model.to(dtype)
     given = None if mean is None else (finite_numbers(mean), finite_numbers(std))
     scales = _image_scales(model)
-    for module in list(model.modules()):
-        adapter = adapter_for(module)
-        if adapter is not None:
-            known = module._swinfast.image_scale if isinstance(module, Fused) else None
-            scale = given or known or scales.get(module)
-            if not isinstance(module, Fused):
-                fuse(module, FUSED[adapter.kind])
-            module._swinfast = Settings(backend, cuda_graphs, scale)
+    for module, adapter in list(adapted(model)):
+        known = module._swinfast.image_scale if isinstance(module, Fused) else None
+        scale = given or known or scales.get(module)
+        if not isinstance(module, Fused):
+            fuse(module, FUSED[adapter.kind])
+        module._swinfast = Settings(backend, cuda_graphs, scale)
     for module in list(model.modules()):
         if type(module) is nn.Sequential and len(module) and all(isinstance(child, FusedStage) for child in module):
             fuse(module, FusedStages)
-        if is_classifier(class_of(module)) and not isinstance(module, Fused):
+        if parts_of(class_of(module)) is not None and not isinstance(module, Fused):
             fuse(module, FusedClassifier)
         if isinstance(module, (FusedStages, FusedClassifier)):
             module._swinfast = Settings(backend, cuda_graphs)
@@ -110,7 +109,7 @@ def _image_scales(model: nn.Module) -> dict[nn.Module, ImageScale]:
     for owner in model.modules():
         config = getattr(owner, "pretrained_cfg", None)
         scale = [finite_numbers(config.get(name)) for name in ("mean", "std")] if isinstance(config, dict) else [None]
-        for module in filter(is_patch_embed, owner.modules() if None not in scale else ()):
+        for module in patch_embeds(owner) if None not in scale else ():
             channels = getattr(module._modules.get("proj"), "in_channels", None)  # what wraps a layer may not tell
             scales[module] = tuple(per_channel(values, channels) for values in scale)
     return scales

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapters import DTYPES, HOOKS, class_of, foreign_methods, is_classifier, is_hooked, methods
+from .adapters import parts_of
 from .arguments import whole_number
 from .batch import engine
 from .batch.compute import Arrays, Compute, find_batch_size
@@ -25,6 +25,7 @@ from .batch.share import Listener
 from .batch.sources import Images, Item
 from .calls import is_transformed
 from .fused import FusedPatchEmbed
+from .modules import DTYPES, HOOKS, class_of, foreign_methods, is_hooked, methods
 from .optimize import optimize
 from .pixels import Crop
 from .preprocess import transform_of
@@ -194,7 +195,7 @@ class Pipeline:
         """Whether the model is one that does nothing with images before its patch embedding, which is replaced."""
         model, embed = self.model, self.model._modules.get("patch_embed")
         cls = class_of(model)
-        if not is_classifier(cls) or not isinstance(embed, FusedPatchEmbed) or embed.plan().reason:
+        if parts_of(cls) is None or not isinstance(embed, FusedPatchEmbed) or embed.plan().reason:
             return False
         patched = foreign_methods(cls) or any(name in model.__dict__ for name in methods(cls))
         patched = patched or "forward" in embed.__dict__

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .adapters import Adapter, patches, why_not
+from .adapters import Adapter, why_not
 from .autocast import without_autocast
 from .backends import Choice, choose
 from .graphs import Graphs, is_capturing
+from .modules import patches
 from .watch import Watch
 
 edits_of = attrgetter("_version")  # how often a tensor was edited
@@ -53,12 +54,13 @@ class Plan:
     def __init__(self, adapter: Adapter, module: nn.Module, backend: str, failure: str | None = None):
         """failure: Why Triton, though chosen, can't compute the module, None where it has not failed."""
         self.parameters = tuple(module.parameters())
+        self.memory_format = adapter.memory_format
         self.spec, choice = None, Choice(None, reason=why_not(adapter, module))
         if choice.reason is None:
             self.spec = adapter.read(module)
             choice = choose(backend, self.spec, self.parameters[0].device, self.parameters[0].dtype, failure)
         self.backend, self.reason, self.note = choice
-        self.graphs = Graphs()
+        self.graphs = Graphs(adapter.memory_format)
         self.places: dict[str, int] | None = None
         self.derivations = 0
         self._derived: dict[Hashable, tuple[list[int], Any]] = {}  # with the versions of the weights it came from
@@ -144,8 +146,9 @@ class SequencePlan:
 
     def __init__(self, plans: Sequence[Plan]):
         self.plans = tuple(plans)
+        self.memory_format = plans[0].memory_format
         self.parameters = tuple(dict.fromkeys(chain.from_iterable(plan.parameters for plan in plans)))
-        self.graphs = Graphs()
+        self.graphs = Graphs(self.memory_format)
         self.places: dict[str, int] | None = None
 
     def holds(self, plans: Sequence[Plan]) -> bool:

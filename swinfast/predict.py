@@ -9,14 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters import adapted, parts_of
 from .arguments import whole_number
 from .batch.compute import Arrays
 from .batch.formats import ARRAYS, PREDICTIONS, Layout
 from .batch.sources import Images
 from .labels import labels_of
+from .modules import class_of
 from .pipeline import Pipeline
 
 STORED = ("float32", "float16")
+HANDS_OUT = (  # models for features that hand out their stages' maps as they are
+    ("timm.models._features", "FeatureListNet"),
+    ("timm.models._features", "FeatureHookNet"),
+    ("swinfast.reference.features", "FeatureListNet"),
+)
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,9 @@ class FeatureExtractor(_ArrayPipeline):
         self._check(model)
         self._whole = hasattr(model, "forward_intermediates")
         self.stages = _stages(model, stages, self._whole)
+        cls = type(model)
+        as_they_are = (cls.__module__, cls.__qualname__) in HANDS_OUT
+        self._channels_first = not as_they_are or all(adapter.channels_first for _, adapter in adapted(model))
         super().__init__(model, **options)
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -201,6 +211,8 @@ class FeatureExtractor(_ArrayPipeline):
             maps = self.model.forward_intermediates(images, **options)
         else:
             maps = self.model(images)
+            if not self._channels_first:
+                maps = [value.permute(0, 3, 1, 2) for value in maps]
         stored = (value.to(self._stored).contiguous() for value in maps)
         return {f"stage_{stage}": value for stage, value in zip(self.stages, stored, strict=True)}
 
@@ -221,7 +233,8 @@ def _stages(model: nn.Module, stages: Sequence[int] | None, whole: bool) -> tupl
         if stages is not None:
             raise ValueError(f"stages must be None for a model that has chosen its own, got {stages!r}")
         return tuple(int(name.rpartition(".")[2]) for name in model.feature_info.module_name())
-    count = len(model.stages)
+    parts = parts_of(class_of(model))
+    count = len(model.feature_info if parts is None else model._modules[parts[1]])
     if stages is None:
         return tuple(range(count))
     try:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .adapters import is_patch_embed
+from .adapters import patch_embeds
 from .arguments import finite_numbers
 from .pixels import Crop, Size
 from .variants import IMAGENET_MEAN, IMAGENET_STD, per_channel
@@ -87,7 +87,7 @@ def transform_of(model: nn.Module) -> Transform:
     crop_pct = config.get("crop_pct") or 0.875
     if not isinstance(crop_pct, Real) or not 0 < crop_pct < math.inf:
         raise ValueError(f"crop_pct must be a number above 0, got {crop_pct!r}")
-    sized = [model, *filter(is_patch_embed, model.modules())]  # wrappers and models for features have none of their own
+    sized = [model, *patch_embeds(model)]  # wrappers and models for features have none of their own
     size = tuple(next((one.img_size for one in sized if getattr(one, "img_size", None)), input_size[1:]))
     return Transform(size, crop_pct, interpolation, mean, std)
 

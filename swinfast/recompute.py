@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import HOOKS, class_of, methods
+from .modules import HOOKS, class_of, methods
 
 
 class FusedForward(torch.autograd.Function):

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from tabulate import tabulate
 from torch import nn
 
-from .adapters import class_of
 from .arguments import check_model
 from .fused import Fused, FusedComputation, FusedStage, not_optimized
 from .graphs import Graphs
+from .modules import class_of
 from .plan import Plan
 from .specs import BlockSpec, MergeSpec, PatchEmbedSpec
 

@@ -7,8 +7,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from .adapters import HOOKS
 from .errors import in_a_line
+from .modules import HOOKS
 from .verify import NO_MEASURE, NOTHING, OVERFLOW, Verification, verify
 
 

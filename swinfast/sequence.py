@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from . import graphs
-from .adapters import is_hooked
 from .calls import is_traced, is_transformed, kind_of, needs_grad
 from .errors import in_a_line, raise_out_of_memory
 from .fused import Fused, FusedComputation, FusedStage, Settings
+from .modules import is_hooked
 from .plan import Plan, SequencePlan
 from .recompute import FusedForward
 
@@ -110,7 +110,7 @@ class FusedStages(FusedWhole):
     def _without_graph(self, plan: SequencePlan, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
             return self._one_by_one(plan, x)
-        return _in_parts(partial(self._at_once, plan), x)
+        return _in_parts(partial(self._at_once, plan), x, plan.memory_format)
 
     def _is_unchecked(self) -> bool:
         return any(stage._swinfast.unchecked for stage in self)
@@ -150,8 +150,8 @@ class FusedStages(FusedWhole):
         return x
 
 
-def _in_parts(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """run(x), some images at a time, about as many each time; it maps [B, C, H, W] to [B, C', H', W']."""
+def _in_parts(run: Callable[[Tensor], Tensor], x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """run(x), some images at a time, about as many each time; it maps maps to maps, which lie in memory like that."""
     parts = -(-x.shape[0] // max(1, graphs.GPU_PART // max(1, x[:1].numel())))
     if parts <= 1:
         return run(x)
@@ -159,7 +159,7 @@ def _in_parts(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     for out in map(run, x.chunk(parts)):
         if whole is None:
             shape = (x.shape[0], *out.shape[1:])
-            whole = torch.empty(shape, dtype=out.dtype, device=out.device, memory_format=torch.channels_last)
+            whole = torch.empty(shape, dtype=out.dtype, device=out.device, memory_format=memory_format)
         whole[done : done + len(out)] = out
         done += len(out)
     return whole

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from . import cpu_attention, window_order
 from .constants import constant, vector
 from .cpu_attention import ExponentTable, Scratch
-from .reference.ops import MASK_VALUE, MAX_LOGIT_SCALE, NORM_EPS, window_masks, window_types
+from .reference.ops import (
+    LARGEST_BIAS,
+    MASK_VALUE,
+    MAX_LOGIT_SCALE,
+    NORM_EPS,
+    log_spaced,
+    window_masks,
+    window_types,
+)
 from .specs import BlockSpec, ImageScale, MergeSpec, PatchEmbedSpec, Size, StageSpec
 from .torch_linear import Linear, can_pack, has_native_bfloat16, make_linear
 from .window_order import WindowOrder
@@ -37,9 +45,9 @@ may_fail = False
 class BlockTables(NamedTuple):
     """What is derived from a block's parameters."""
 
-    bias: Tensor  # [heads, N, N], or [4, heads, N, N] by window type where the block is shifted
+    bias: Tensor | None  # [heads, N, N], or [4, heads, N, N] by window type where the block is shifted
     scale: Tensor  # [2, heads, 1, 1]: factors of the normalised q and k
-    exponents: ExponentTable | None  # for attention in place
+    exponents: ExponentTable | None  # for attention in place: it has the bias in it, which can be large
     qkv: Linear
     proj: Linear
     fc1_gelu: Linear
@@ -49,11 +57,18 @@ class BlockTables(NamedTuple):
     norm3: NormWeights | None
 
 
+class MergeTables(NamedTuple):
+    """What is derived from the parameters of a patch merging."""
+
+    norm: NormWeights
+    reduction: Linear
+    norm_last: bool
+
+
 class StageTables(NamedTuple):
     dtype: torch.dtype  # that the stage computes in
     traced: bool  # whether for a graph
-    merge_norm: NormWeights | None
-    reduction: Linear | None
+    merge: MergeTables | None
     blocks: tuple[BlockTables, ...]
     in_place: bool  # whether attention computes in scratch memory: on a CPU outside a graph
 
@@ -177,31 +192,31 @@ def derive_stage(spec: StageSpec, traced: bool, autocast: torch.dtype | None) ->
     pack = not traced and autocast is None
     weight = spec.blocks[0].qkv.weight
     dtype = compute_dtype(weight.dtype, weight.device) if pack else weight.dtype
-    merge_norm = reduction = None
+    merge = None
     if spec.merge is not None:
-        merge_norm = _norm_weights(spec.merge.norm, dtype)
-        reduction = _linear(spec.merge.reduction, dtype, pack)
+        norm, reduction, norm_last = spec.merge
+        merge = MergeTables(_norm_weights(norm, dtype), _linear(reduction, reduction.bias, dtype, pack), norm_last)
     alike = len({(block.window, block.num_heads) for block in spec.blocks}) == 1  # they share scratch memory
     in_place = pack and alike and weight.device.type == "cpu"
     blocks = tuple(_derive_block(block, dtype, pack, in_place) for block in spec.blocks)
-    return StageTables(dtype, traced, merge_norm, reduction, blocks, in_place)
+    return StageTables(dtype, traced, merge, blocks, in_place)
 
 
 def _derive_block(block: BlockSpec, dtype: torch.dtype, pack: bool, in_place: bool) -> BlockTables:
-    logit_scale = block.logit_scale_owner.logit_scale
+    logit_scale = block.logit_scale()
     exact = torch.promote_types(logit_scale.dtype, torch.float32)
     # LayerNorm of bfloat16 is faster on a CPU with weights in float32
     norm_dtype = exact if pack and logit_scale.device.type == "cpu" else dtype
     scale = logit_scale.to(exact).clamp(max=MAX_LOGIT_SCALE).exp()[:, None, None]
     bias = _bias_table(block, exact)
     return BlockTables(
-        bias=bias,
+        bias=None if in_place else bias,
         scale=torch.stack([scale, torch.ones_like(scale)]),
         exponents=cpu_attention.exponent_table(bias, scale) if in_place else None,
-        qkv=_linear(block.qkv, dtype, pack),
-        proj=_linear(block.proj, dtype, pack),
-        fc1_gelu=_linear(block.fc1, dtype, pack, gelu=True),
-        fc2=_linear(block.fc2, dtype, pack),
+        qkv=_linear(block.qkv, block.qkv_bias(), dtype, pack),
+        proj=_linear(block.proj, block.proj.bias, dtype, pack),
+        fc1_gelu=_linear(block.fc1, block.fc1.bias, dtype, pack, gelu=True),
+        fc2=_linear(block.fc2, block.fc2.bias, dtype, pack),
         norm1=_norm_weights(block.norm1, norm_dtype),
         norm2=_norm_weights(block.norm2, norm_dtype),
         norm3=None if block.norm3 is None else _norm_weights(block.norm3, norm_dtype),
@@ -213,11 +228,12 @@ def _bias_table(block: BlockSpec, dtype: torch.dtype) -> Tensor:
     (wh, ww), device = block.window, block.bias_fc1.weight.device
     fc1, fc2 = block.bias_fc1, block.bias_fc2
     steps = [torch.arange(1 - size, size, device=device, dtype=torch.float32) for size in block.window]
-    offsets = torch.stack(torch.meshgrid(*steps, indexing="ij"), dim=-1)
-    offsets = offsets.sign() * torch.log(1.0 + offsets.abs())
+    offsets = log_spaced(torch.stack(torch.meshgrid(*steps, indexing="ij"), dim=-1), block.bias_span)
     offsets = offsets.to(fc1.weight.dtype).to(dtype)  # rounded as the buffer of a converted model is
-    hidden = F.relu(_linear(fc1, dtype, pack=False)(offsets))
-    bias = _linear(fc2, dtype, pack=False)(hidden)  # [2Wh - 1, 2Ww - 1, heads]
+    hidden = F.relu(_linear(fc1, fc1.bias, dtype, pack=False)(offsets))
+    bias = _linear(fc2, fc2.bias, dtype, pack=False)(hidden)  # [2Wh - 1, 2Ww - 1, heads]
+    if block.bias_span is not None:
+        bias = LARGEST_BIAS * bias.sigmoid()
     row, column = torch.arange(wh, device=device), torch.arange(ww, device=device)
     row, column = row.repeat_interleave(ww), column.repeat(wh)
     bias = bias[row[:, None] - row + wh - 1, column[:, None] - column + ww - 1].permute(2, 0, 1)
@@ -241,7 +257,7 @@ def _stage(spec: StageSpec, tables: StageTables, size: Size, x: Tensor, out: Ten
         x, order = x.flatten(1, 2), None
     else:
         order = _stream_order(spec.blocks[0], size)
-        x = _merge(tables, x, size, order)
+        x = _merge(tables.merge, x, size, order)
     scratch = _scratch(spec.blocks[0], tables, x, size) if tables.in_place else None
     for block, block_tables in zip(spec.blocks, tables.blocks, strict=True):
         wanted = _stream_order(block, size)
@@ -268,17 +284,19 @@ def _reorder(x: Tensor, old: WindowOrder | None, new: WindowOrder | None) -> Ten
     return x if index is None else x.index_select(1, index)
 
 
-def _merge(tables: StageTables, x: Tensor, size: Size, order: WindowOrder | None) -> Tensor:
+def _merge(tables: MergeTables, x: Tensor, size: Size, order: WindowOrder | None) -> Tensor:
     """Patch merging straight into the order of the first block. [B, H, W, C] to [B, H/2 * W/2, 2C]."""
     x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
     index = window_order.merge((2 * size[0], 2 * size[1]), order, x.device)
     x = x.flatten(1, 2).index_select(1, index).unflatten(1, (-1, 4)).flatten(2)
-    return tables.reduction(_layer_norm(x, tables.merge_norm))
+    if tables.norm_last:
+        return _layer_norm(tables.reduction(x), tables.norm)
+    return tables.reduction(_layer_norm(x, tables.norm))
 
 
 def _scratch(block: BlockSpec, tables: StageTables, x: Tensor, size: Size) -> Scratch:
     """For all blocks of a stage."""
-    order, exact = WindowOrder(size, block.window, block.shift), tables.blocks[0].bias.dtype
+    order, exact = WindowOrder(size, block.window, block.shift), tables.blocks[0].scale.dtype
     return Scratch(x.shape[0], order.grid, math.prod(block.window), block.num_heads, x.shape[-1], x.dtype, exact)
 
 
@@ -358,8 +376,8 @@ def _norm_weights(norm: nn.LayerNorm, dtype: torch.dtype) -> NormWeights:
     return weight, bias, norm.eps
 
 
-def _linear(layer: nn.Linear, dtype: torch.dtype, pack: bool, gelu: bool = False) -> Linear:
-    bias = None if layer.bias is None else layer.bias.to(dtype)
+def _linear(layer: nn.Linear, bias: Tensor | None, dtype: torch.dtype, pack: bool, gelu: bool = False) -> Linear:
+    bias = None if bias is None else bias.to(dtype)
     return make_linear(layer.weight.to(dtype), bias, gelu=gelu, pack=pack)
 
 

@@ -75,7 +75,7 @@ def derive_patch_embed(spec: PatchEmbedSpec, traced: bool, autocast: torch.dtype
     """What patch_embed needs of the parameters."""
     dtype, stream = _dtypes(spec.proj, autocast)
     norm = None if spec.norm is None else _norm(spec.norm, stream)
-    return PatchEmbedTables(*_linear(spec.proj, dtype), norm)
+    return PatchEmbedTables(*_linear(spec.proj, spec.proj.bias, dtype), norm)
 
 
 def patch_embed(
@@ -109,7 +109,8 @@ def derive_stage(spec: StageSpec, traced: bool, autocast: torch.dtype | None) ->
     dtype, stream = _dtypes(spec.blocks[0].qkv, autocast)
     merge = None
     if spec.merge is not None:
-        merge = Merge(_norm(spec.merge.norm, stream), _linear(spec.merge.reduction, dtype).weight)
+        reduction = spec.merge.reduction.weight.to(dtype).contiguous()
+        merge = Merge(_norm(spec.merge.norm, stream), reduction, spec.merge.norm_last)
     return StageTables(stream, merge, tuple(_derive_block(block, dtype, stream) for block in spec.blocks))
 
 
@@ -123,19 +124,21 @@ def _derive_block(block: BlockSpec, dtype: torch.dtype, stream: torch.dtype) -> 
     channels, device = block.qkv.in_features, block.qkv.weight.device
     forms = forms_of(channels, block.window, dtype, device)
     mlp = tuple(
-        p.contiguous() for layer in (block.bias_fc1, block.bias_fc2) for p in _biased(layer, layer.weight.dtype)
+        p.contiguous()
+        for layer in (block.bias_fc1, block.bias_fc2)
+        for p in _biased(layer, layer.bias, layer.weight.dtype)
     )
     return Block(
         window_size=block.window,
         shift_size=block.shift,
         forms=forms,
-        table=bias_table(forms, mlp, channels // block.num_heads, block.window, block.shift, dtype),
-        logit_scale=block.logit_scale_owner.logit_scale.to(stream),
-        qkv=_biased(block.qkv, dtype),
-        proj=_biased(block.proj, dtype),
+        table=bias_table(forms, mlp, channels // block.num_heads, block.window, block.shift, dtype, block.bias_span),
+        logit_scale=block.logit_scale().to(stream),
+        qkv=_biased(block.qkv, block.qkv_bias(), dtype),
+        proj=_biased(block.proj, block.proj.bias, dtype),
         norm1=_norm(block.norm1, stream),
-        fc1=_biased(block.fc1, dtype),
-        fc2=_biased(block.fc2, dtype),
+        fc1=_biased(block.fc1, block.fc1.bias, dtype),
+        fc2=_biased(block.fc2, block.fc2.bias, dtype),
         norm2=_norm(block.norm2, stream),
         norm3=None if block.norm3 is None else _norm(block.norm3, stream),
     )
@@ -157,20 +160,22 @@ def describe(spec: PatchEmbedSpec | MergeSpec | BlockSpec, dtype: torch.dtype, d
     if isinstance(spec, BlockSpec):
         forms = forms_of(spec.qkv.in_features, spec.window, dtype, device)
         kernels = " + ".join(dict.fromkeys(forms.operations()))
+    elif isinstance(spec, MergeSpec):
+        kernels = "merge_norm + linear" + (" + norm_residual" if spec.norm_last else "")
     else:
-        kernels = "patch_embed" if isinstance(spec, PatchEmbedSpec) else "merge_norm + linear"
+        kernels = "patch_embed"
     return f"Triton, {arch_of(device)}, {str(dtype).removeprefix('torch.')}: {kernels}"
 
 
-def _linear(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> Linear:
+def _linear(layer: nn.Linear | nn.Conv2d, bias: Tensor | None, dtype: torch.dtype) -> Linear:
     """Weights in a dtype, contiguous: no copy where they are so already."""
-    bias = None if layer.bias is None else layer.bias.to(dtype).contiguous()
+    bias = None if bias is None else bias.to(dtype).contiguous()
     return Linear(layer.weight.to(dtype).contiguous(), bias)
 
 
-def _biased(layer: nn.Linear, dtype: torch.dtype) -> Linear:
+def _biased(layer: nn.Linear, bias: Tensor | None, dtype: torch.dtype) -> Linear:
     """As _linear; a bias that is missing is zero."""
-    weight, bias = _linear(layer, dtype)
+    weight, bias = _linear(layer, bias, dtype)
     return Linear(weight, weight.new_zeros(len(weight)) if bias is None else bias)
 
 

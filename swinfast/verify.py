@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import class_of
 from .arguments import check_model
 from .autocast import autocast_dtype, without_autocast
+from .modules import class_of
 
 # Beside twice the error of the plain computation: what a fused kernel may be off where plain PyTorch happens to be
 # nearly exact, relative to the size of the outputs. Twice the noise measured on whole models, see docs/numerics.md.

@@ -11,12 +11,12 @@ from operator import is_, itemgetter
 from torch import Tensor, UntypedStorage, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .adapters import HOOKS, class_of, is_dropout, methods
+from .modules import HOOKS, class_of, is_dropout, methods
 
 WATCHED = (  # attributes of modules that answers depend on
     "window_size", "shift_size", "num_heads", "img_size", "strict_img_size", "eps", "approximate", "kernel_size",
     "stride", "padding", "dilation", "groups", "padding_mode", "pool_type", "flatten", "output_size", "dim",
-    "start_dim", "end_dim", "dim_reduce", "dim_cat",
+    "start_dim", "end_dim", "dim_reduce", "dim_cat", "dynamic_img_pad", "output_fmt", "pretrained_window_size",
 )  # fmt: skip
 
 is_training = itemgetter("training")  # of a module's attributes

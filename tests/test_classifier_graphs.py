@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from graph_captures import DEVICE, TINY, assert_right, images, optimised, spans_any, tiny, warmed
-from helpers import make, random_images, randomise, relative_rms
+from helpers import SOURCES, make, random_images, randomise, relative_rms
 from torch import nn
 
 import swinfast
@@ -31,7 +31,7 @@ def model(timm):
 
 def spans_all(fast) -> bool:
     """Whether a graph of the whole classifier is there, and none of the stages alone."""
-    plans = fast._swinfast.plan, fast.stages._swinfast.plan
+    plans = fast._swinfast.plan, fast.fused_stages()._swinfast.plan
     whole, stages = (len(plan.graphs) if plan is not None else 0 for plan in plans)
     return whole > 0 and not stages
 
@@ -44,7 +44,7 @@ def captures(captures, monkeypatch, request):
     return captures
 
 
-@pytest.mark.parametrize("source", ["timm", "reference"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_one_graph_spans_all(timm, captures, source):
     model = make(timm, TINY, source).to(DEVICE).requires_grad_(False)
     fast = warmed(model)
@@ -55,6 +55,30 @@ def test_one_graph_spans_all(timm, captures, source):
     for seed in range(4):
         assert_right(fast, model, images(seed=seed))
     assert captures.replayed == replayed + 4
+
+
+NORMS = {
+    "edited": lambda norm: norm.weight.mul_(2),
+    "another weight": lambda norm: setattr(norm, "weight", nn.Parameter(2 * norm.weight)),
+    "another eps": lambda norm: setattr(norm, "eps", 0.5),
+    "hooked": lambda norm: norm.register_forward_hook(lambda module, args, output: output * 2),
+    "patched": lambda norm: setattr(norm, "forward", lambda x: x * 2),
+}
+
+
+@pytest.mark.parametrize("change", NORMS)
+def test_a_norm_between_stages_and_head(timm, captures, change):
+    """As V2 models have it: it is in the graph, as it is at each call, or there is no graph."""
+    model = make(timm, TINY, "timm, V2").to(DEVICE).requires_grad_(False)
+    fast = warmed(model)
+    with torch.no_grad():
+        before = fast(images())
+        for either in (model, fast):
+            NORMS[change](either.norm)
+        for _ in range(3):
+            assert_right(fast, model, images())
+        assert relative_rms(fast(images()), before) > 1e-2
+    assert spans_any(fast) == (change not in ("hooked", "patched"))
 
 
 def test_a_model_that_nobody_needs_is_gone_at_once(model, captures):

@@ -225,10 +225,13 @@ def test_folder(folder, trained):
 
 
 @pytest.mark.parametrize("with_model_args", [False, True])
-def test_folder_as_timm_saves_one(tmp_path, timm, with_model_args):
+@pytest.mark.parametrize("name", [NAME, "swinv2_tiny_window16_256"])
+def test_folder_as_timm_saves_one(tmp_path, timm, name, with_model_args):
     """What a fine-tuned timm model pushes to the hub."""
     args = ARGS | {"num_classes": 3, "in_chans": 1, "global_pool": "max", "window_size": (4, 2), "drop_path_rate": 0.1}
-    theirs = randomise(timm.create_model(NAME, **args), seed=2).eval()
+    if name != NAME:
+        args |= {"act_layer": "gelu", "window_size": 16 if not with_model_args else (4, 2)}
+    theirs = randomise(timm.create_model(name, **args), seed=2).eval()
     names = ["ant", "bee", "cat"]
     timm.models.save_for_hf(
         theirs,
@@ -284,6 +287,7 @@ def test_folder_with_another_checkpoint(folder, tmp_path):
         (json.dumps(small(pretrained_cfg=[1])), r"has pretrained_cfg \[1\], expected an object"),
         (json.dumps(small(model_args="x")), "has model_args 'x', expected an object"),
         (json.dumps(small(model_args={"drop_rate": 0.1, "b": 0, "a": 1})), "has unknown model_args: a, b"),
+        (json.dumps(small(model_args={"act_layer": "relu"})), "has unknown model_args: act_layer"),
         (json.dumps(small(pretrained_cfg={"input_size": 16})), "has input_size 16, expected a list"),
         (json.dumps(small(pretrained_cfg={"input_size": []})), r"has input_size \[\], expected a list of three"),
         (json.dumps(small(pretrained_cfg={"mean": None})), "has mean None, expected a list of numbers"),
@@ -312,7 +316,8 @@ def test_folder_with_another_checkpoint(folder, tmp_path):
     ],
     ids=[
         "JSON", "encoding", "list", "architecture", "architecture's type", "pretrained_cfg", "model_args",
-        "unknown model_args", "input_size", "empty input_size", "mean", "std", "crop_pct", "interpolation",
+        "unknown model_args", "another activation", "input_size", "empty input_size", "mean", "std", "crop_pct",
+        "interpolation",
         "global_pool", "num_classes", "no num_classes", "num_classes of true", "negative num_classes",
         "num_classes in model_args", "label_names", "label_names in one", "label_names of another type", "depths",
         "patch_size", "img_size", "patch_size of 0", "negative embed_dim", "global_pool in model_args",

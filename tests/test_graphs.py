@@ -240,7 +240,7 @@ def test_modules_on_one_stream_take_turns(captures, monkeypatch):
     wrong = []
 
     def work(value):
-        module, x = graphs.Graphs(), torch.full((1, 1, 4, 4), float(value))
+        module, x = graphs.Graphs(torch.channels_last), torch.full((1, 1, 4, 4), float(value))
         for _ in range(50):
             out = module.run(x, "kind", lambda: (), lambda reads, held: held.pop() + 1, lambda: x + 1)
             wrong.extend([] if torch.equal(out, x + 1) else [out])

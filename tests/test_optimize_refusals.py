@@ -327,7 +327,7 @@ def test_padded_convolution_stays_original(model):
 
 
 def test_nothing_supported():
-    with pytest.raises(ValueError, match=r"nothing to optimize in Linear; supported are Swin Transformer V2 CR"):
+    with pytest.raises(ValueError, match=r"nothing to optimize in Linear; supported are Swin Transformer V2 models"):
         swinfast.optimize(nn.Linear(2, 2))
     for call in (swinfast.report, swinfast.refresh):
         with pytest.raises(ValueError, match=r"Linear is not optimized: call swinfast.optimize"):

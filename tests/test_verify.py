@@ -28,8 +28,8 @@ def replace_tables(**changes):
     def mutate(monkeypatch):
         original = torch_backend._derive_block
 
-        def derive(block, *arguments):
-            tables = original(block, *arguments)
+        def derive(block, dtype, pack, in_place):
+            tables = original(block, dtype, pack, in_place=False)  # with the bias in a table of its own
             tables = tables._replace(**{key: change(getattr(tables, key), block) for key, change in changes.items()})
             return tables._replace(exponents=cpu_attention.exponent_table(tables.bias, tables.scale[0]))
 

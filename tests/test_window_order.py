@@ -80,7 +80,8 @@ def test_index_tensors_are_made_once_and_serve_training_too():
 
 @pytest.mark.parametrize("window", [(1, 1), (7, 7), (8, 4), (32, 32)], ids=str)
 @pytest.mark.parametrize("axes", [(0, 0), (1, 0), (0, 1), (1, 1)], ids=str)
-def test_bias_table_is_the_definition(window, axes):
+@pytest.mark.parametrize("span", [None, (6, 3)], ids=["plain", "bounded"])
+def test_bias_table_is_the_definition(window, axes, span):
     """The backend's table, from the distinct offsets, against reference.ops.cpb_bias."""
     from swinfast import torch_backend
     from swinfast.specs import BlockSpec
@@ -88,9 +89,11 @@ def test_bias_table_is_the_definition(window, axes):
     torch.manual_seed(0)
     fc1, fc2 = torch.nn.Linear(2, 12).double(), torch.nn.Linear(12, 3).double()
     shift = tuple(w // 2 * axis for w, axis in zip(window, axes, strict=True))
-    block = BlockSpec(window, shift, 3, None, None, fc1, fc2, None, None, None, None, None, None)
+    others = dict.fromkeys(BlockSpec._fields)
+    own = {"window": window, "shift": shift, "num_heads": 3, "bias_fc1": fc1, "bias_fc2": fc2, "bias_span": span}
+    block = BlockSpec(**others | own)
     with torch.no_grad():
         table = torch_backend._bias_table(block, torch.float64)
-        expected = ops.cpb_bias(fc1.weight, fc1.bias, fc2.weight, fc2.bias, window, shift)
+        expected = ops.cpb_bias(fc1.weight, fc1.bias, fc2.weight, fc2.bias, window, shift, span)
     assert table.dim() == (3 if shift == (0, 0) else 4)
-    torch.testing.assert_close(table.expand_as(expected), expected, rtol=0, atol=2e-7)
+    torch.testing.assert_close(table.expand_as(expected), expected, rtol=0, atol=2e-7 if span is None else 2e-6)

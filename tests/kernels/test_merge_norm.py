@@ -1,4 +1,4 @@
-"""merge_norm: each 2x2 neighbourhood to one token, normalised."""
+"""merge_norm: each 2x2 neighbourhood to one token, normalised and as it is."""
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from kernel_helpers import (
     few_examples,
     mutant,
     odd_dtypes,
+    run,
 )
 from swinfast.kernels import merge_norm as module
 from swinfast.reference import ops
@@ -34,19 +35,26 @@ CASES = {  # batch, height, width, channels
 }
 
 
-def arguments(batch, height, width, channels, dtype=torch.float32):
+def arguments(batch, height, width, channels, dtype=torch.float32, norm=True):
     draw = Draw(dtype)
-    return {"x": draw(batch, height, width, channels, mean=0.5), **draw.norm(4 * channels)}
+    return {"x": draw(batch, height, width, channels, mean=0.5), **(draw.norm(4 * channels) if norm else {})}
 
 
-def reference(x, norm_weight, norm_bias, eps):
-    return ops.merge_norm(x, (norm_weight, norm_bias, eps))
+def reference(x, norm_weight=None, norm_bias=None, eps=1e-5):
+    return ops.merge_norm(x, None if norm_weight is None else (norm_weight, norm_bias, eps))
 
 
 @each_dtype
 @pytest.mark.parametrize("name", CASES)
 def test_cases(name, dtype):
     check(module.merge_norm, reference, arguments(*CASES[name], dtype), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("name", CASES)
+def test_without_a_norm(name, dtype):
+    args = arguments(*CASES[name], dtype, norm=False)
+    assert torch.equal(run(module.merge_norm, args), reference(**args))
 
 
 @few_examples
@@ -86,7 +94,8 @@ def test_runs_and_images_are_independent():
 
 
 def test_operator():
-    assert_operator(module.merge_norm, arguments(2, 3, 4, 8, torch.bfloat16), ["x"])
+    for norm in (True, False):
+        assert_operator(module.merge_norm, arguments(2, 3, 4, 8, torch.bfloat16, norm), ["x"])
 
 
 def test_errors():
@@ -98,6 +107,8 @@ def test_errors():
     assert_refuses(op, args, "^x must be float16, bfloat16 or float32, got torch.float64", x=x.double())
     wide = torch.zeros(1, 1, 1, 2049, device=DEVICE)
     assert_refuses(op, args, "^x must have at most 2048 channels, got 2049", x=wide)
+    for one, other in (("norm_weight", "norm_bias"), ("norm_bias", "norm_weight")):
+        assert_refuses(op, args, f"^{one} and {other} must be given together, got {one} alone", **{other: None})
 
 
 # fmt: off
@@ -110,7 +121,7 @@ MUTANTS = {
     "padding at the front":
         ("odd columns", module, "left = 2 * (row % merged_w)", "left = 2 * (row % merged_w) - width % 2"),
     "images mixed up": ("odd", module, "image * height * width", "0 * image * height * width"),
-    "no norm": ("tiny", module, "C), normed, inside", "C), tiles, inside"),
+    "no norm": ("tiny", module, "if NORM:", "if False:"),
     "norm over C": ("tiny", module, "eps, 4 * C, TILE", "eps, C, TILE"),
     "another eps": ("tiny", module, "norm_bias, eps, 4", "norm_bias, 1e-5, 4"),
     "channel tail not masked": ("odd columns", module, "if TILE * COUNT > 4 * C:", "if False:"),

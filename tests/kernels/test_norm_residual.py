@@ -1,4 +1,4 @@
-"""norm_residual: residual + LN(x), with a second LayerNorm and without."""
+"""norm_residual: residual + LN(x), with a second LayerNorm and without; LN(x) by itself."""
 
 import pytest
 import torch
@@ -51,15 +51,25 @@ def arguments(shape, extra, parts=None, dtype=torch.float32):
     return args | draw.extra_norm(shape[-1], extra)
 
 
-def reference(x, norm_weight, norm_bias, eps, residual, extra_weight=None, extra_bias=None, extra_eps=0.0):
+def reference(x, norm_weight, norm_bias, eps, residual=None, extra_weight=None, extra_bias=None, extra_eps=0.0):
     extra_norm = None if extra_weight is None else (extra_weight, extra_bias, extra_eps)
     return ops.norm_residual(x, (norm_weight, norm_bias, eps), residual, extra_norm)
+
+
+def without_residual(args):
+    return args | {"residual": None}
 
 
 @each_dtype
 @pytest.mark.parametrize("name", CASES)
 def test_cases(name, dtype):
     check(module.norm_residual, reference, arguments(*CASES[name], dtype=dtype), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if len(case) == 2])
+def test_without_a_residual(name, dtype):
+    check(module.norm_residual, reference, without_residual(arguments(*CASES[name], dtype=dtype)), dtype)
 
 
 @few_examples
@@ -71,7 +81,9 @@ def test_odd_shapes(rows, channels, extra, parts, dtype):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_residual_in_float32(dtype):
     args = arguments(*CASES["second norm"])
-    check_mixed(module.norm_residual, reference, args | {"x": args["x"].to(dtype)}, dtype)
+    args["x"] = args["x"].to(dtype)
+    check_mixed(module.norm_residual, reference, args, dtype)
+    check_mixed(module.norm_residual, reference, without_residual(args), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -111,7 +123,10 @@ def test_runs_and_rows_are_independent(parts):
 
 @pytest.mark.parametrize("extra, parts", [(False, None), (True, None), (True, 3)])
 def test_operator(extra, parts):
-    assert_operator(module.norm_residual, arguments((2, 3, 20), extra, parts, torch.bfloat16), ["x", "residual"])
+    args = arguments((2, 3, 20), extra, parts, torch.bfloat16)
+    assert_operator(module.norm_residual, args, ["x", "residual"])
+    if parts is None:
+        assert_operator(module.norm_residual, without_residual(args), ["x"])
 
 
 def test_errors():
@@ -122,6 +137,11 @@ def test_errors():
     )
     assert_refuses(op, args, "^x must be contiguous, got strides", x=torch.zeros(2, 20, 3, device=DEVICE).mT)
     assert_refuses(op, args, "^x must be float16, bfloat16 or float32, got torch.int64", x=args["x"].long())
+    alone = without_residual(args)
+    assert_refuses_tensors(op, alone, "norm_weight", "norm_bias", "extra_weight", "extra_bias")
+    assert_refuses(
+        op, alone, "^x must be torch.bfloat16 on .*, got torch.float32", **cast(alone, torch.bfloat16, keep=["x"])
+    )
     assert_refuses(op, args, "^x must have at most 4096 channels, got 4097", x=torch.zeros(1, 4097, device=DEVICE))
     parts = arguments((2, 3, 20), True, 4)
     assert_refuses(
@@ -135,7 +155,8 @@ def test_errors():
 
 # fmt: off
 MUTANTS = {
-    "residual left out": ("tiny", module, "add_rows(acc, load_rows(residual + offset", "add_rows(acc, load_rows(x + 0"),
+    "no residual": ("tiny", module, "if RESIDUAL:", "if False:"),
+    "another row's residual": ("tiny", module, "load_rows(residual + offset", "load_rows(residual + 0"),
     "residual normalised": ("tiny", module, "load_rows(x + (offset", "load_rows(residual + (offset"),
     "no second norm": ("second norm", module, "if EXTRA_NORM:", "if False:"),
     "second norm with the first's eps": ("second norm", module, "extra_bias, extra_eps, C", "extra_bias, eps, C"),
