@@ -28,9 +28,10 @@ from swinfast.verify import ABSOLUTE, FACTOR, tf32_as_in_products
 Arguments = dict[str, Any]
 
 SMALL = {"img_size": 32, "patch_size": 2, "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4}
-MODELS = {  # for tests: whole windows, and windows, channels and heads that are padded
+MODELS = {  # for tests: whole windows; windows, channels and heads that are padded; the other family
     "small": SMALL,
     "padded": SMALL | {"img_size": 36, "embed_dim": 24, "window_size": 7},
+    "small V2": SMALL | {"pretrained_window_sizes": (3, 0)},
 }
 BATCHED = ("images", "x", "qkv", "residual")  # arguments whose first dimension is the batch
 IN_A_TILE = ("attention_block", "attention_parts", "qkv_attention")  # forms for windows of at most LARGEST_TILE tokens
@@ -126,9 +127,11 @@ def _kind(value: Any) -> Any:
 
 
 def model_named(name: str, device: torch.device | str = "meta") -> nn.Module:
-    """One of the models for tests, or any of the family."""
+    """One of the models for tests, or any that swinfast makes."""
     options = MODELS.get(name, {})
-    return swinfast.create_model("swinv2_cr_tiny_224" if options else name, device=device, **options).eval()
+    if options:
+        name = "swinv2_tiny_window8_256" if "V2" in name else "swinv2_cr_tiny_224"
+    return swinfast.create_model(name, device=device, **options).eval()
 
 
 def stay_in_cache(channels: int, rows: int) -> bool:
@@ -381,8 +384,6 @@ class Oracle:
 
 
 def _parts(inputs: Arguments) -> Iterator[Arguments]:
-    batch = next(len(inputs[name]) for name in BATCHED if name in inputs)
-    for start in range(0, batch, IMAGES_AT_ONCE):
-        yield {
-            name: value[start : start + IMAGES_AT_ONCE] if name in BATCHED else value for name, value in inputs.items()
-        }
+    batched = [name for name in BATCHED if inputs.get(name) is not None]
+    for start in range(0, len(inputs[batched[0]]), IMAGES_AT_ONCE):
+        yield inputs | {name: inputs[name][start : start + IMAGES_AT_ONCE] for name in batched}

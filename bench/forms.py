@@ -54,7 +54,7 @@ def when_few(rows: int, few: bool) -> dict[str, int]:
 def kinds_of(model: nn.Module, batch: int, precision: str, arch: str, few: bool | None = None) -> list[Kind]:
     """All kinds of blocks that a model has; few: as in Kind, None for what their rows say."""
     found = {}
-    for block in (block for stage in model.stages for block in stage.blocks):
+    for block in (block for stage in model.all_stages() for block in stage.blocks):
         channels, window = block.norm1.normalized_shape[0], tuple(block.window_size)
         rows = at_most(batch * block.feat_size[0] * block.feat_size[1])
         with record(arch), tf32_setting(precision):

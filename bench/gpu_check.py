@@ -39,6 +39,7 @@ PATIENCE = 150  # seconds for one test
 LARGEST_LOG = 12 << 20
 WIDEST = 150  # columns of the summary
 MODEL = "swinv2_cr_tiny_ns_224"
+MODEL_OF_V2 = "swinv2_tiny_window16_256"
 COMPOSITIONS = ("tables", "parts", "heads", "apart")  # of a block
 EVERY_DTYPE = ("--dtypes", "float16", "bfloat16", "float32", "tf32")
 NAMING = (  # tests as they end, and where those are that take long
@@ -93,13 +94,13 @@ def _environment(visit: Visit) -> list[Command]:
 
 def _check(visit: Visit) -> list[Command]:
     """Every kernel at the shapes of real models, as the tables have it and in other compositions, in every dtype."""
-    models = (MODEL, "swinv2_cr_tiny_384", "--batch", "4") if GPU else ("small", "--batch", "1")
+    models = (MODEL, "swinv2_cr_tiny_384", MODEL_OF_V2, "--batch", "4") if GPU else ("small", "--batch", "1")
     command = (*PYTHON, "bench.kernels", "--check-only", "--forms", *COMPOSITIONS, "--model", *models)
     return [(*command, *(EVERY_DTYPE if GPU else ("--dtypes", "float16")), *_minutes(visit))]
 
 
 def _sanitize(visit: Visit) -> list[Command]:
-    script = (*PYTHON, "bench.sanitize", "--models", "padded", "--dtypes", "float16", "bfloat16", "float32")
+    script = (*PYTHON, "bench.sanitize", "--models", "padded", "small V2", "--dtypes", "float16", "bfloat16", "float32")
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if not tool:
         raise Missing("no compute-sanitizer on the PATH")

@@ -78,10 +78,10 @@ class Forward:
     def _computation(self) -> Callable[[], torch.Tensor]:
         """The forward as a graph of swinfast's own has it, which reads the tables of position biases; somebody else's
         graph would derive them at each replay."""
-        fast, stages = self.fast, self.fast.stages
+        fast, stages = self.fast, self.fast.fused_stages()
         plan = stages.plan()
         tables = stages.tables(plan, kind_of(self.images))
-        return lambda: fast.forward_head(stages.compute(plan, tables, fast.patch_embed(self.images)))
+        return lambda: fast.after_fused_stages(stages.compute(plan, tables, fast.fused_embedding()(self.images)))
 
     def by(self, target: Target, config: Config) -> Callable[[], object]:
         """What launches the forward with a configuration in place of a target's."""

@@ -51,20 +51,33 @@ def sdpa_form(plain: nn.Module, dtype: torch.dtype) -> nn.Module:
     The position bias and the shift mask are added up once, and q and k are normalised before.
     """
     model = copy.deepcopy(plain).to(dtype)
-    for stage in model.stages:
+    for stage in model.stages if hasattr(model, "stages") else model.layers:
         for block in stage.blocks:
             block.attn = _SdpaAttention(block.attn, block.attn_mask)
     return model
 
 
+def _bias_of_v2(attn: nn.Module) -> Tensor:
+    """The position bias [1, heads, N, N] of timm's WindowAttention."""
+    tokens = attn.window_size[0] * attn.window_size[1]
+    by_offset = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
+    bias = by_offset[attn.relative_position_index.view(-1)].view(1, tokens, tokens, -1)
+    return 16 * torch.sigmoid(bias.permute(0, 3, 1, 2))
+
+
 class _SdpaAttention(nn.Module):
-    """In place of timm's WindowMultiHeadAttention."""
+    """In place of timm's WindowMultiHeadAttention, or its WindowAttention."""
 
     def __init__(self, attn: nn.Module, mask: Tensor | None):
         super().__init__()
         self.num_heads, self.qkv, self.proj = attn.num_heads, attn.qkv, attn.proj
         with torch.no_grad():
-            bias = attn._relative_positional_encodings()  # [1, heads, N, N]
+            if hasattr(attn, "cpb_mlp"):
+                bias = _bias_of_v2(attn)
+                if attn.q_bias is not None:
+                    self.qkv.bias = nn.Parameter(torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
+            else:
+                bias = attn._relative_positional_encodings()  # [1, heads, N, N]
             windows = 1 if mask is None else len(mask)
             if mask is not None:
                 bias = bias + mask.to(bias).unsqueeze(1)  # [windows, heads, N, N]

@@ -69,11 +69,12 @@ def bias_tables(device: torch.device, dtype: torch.dtype) -> list[str]:
     weights = [
         torch.randn(shape, generator=generator).to(dtype).to(device) for shape in ((24, 2), (24,), (3, 24), (3,))
     ]
-    for window, shift, padded in (([4, 4], [0, 0], [16, 16]), ([7, 5], [3, 2], [48, 64])):
+    shapes = ([4, 4], [0, 0], [16, 16], None), ([7, 5], [3, 2], [48, 64], None), ([7, 5], [3, 2], [48, 64], [3, 1])
+    for window, shift, padded, span in shapes:
         with torch.no_grad():
-            table = cpb_bias(*weights, window, shift, padded, dtype).cpu()
+            table = cpb_bias(*weights, window, shift, padded, dtype, span).cpu()
         if table.isnan().any() or not table[..., : window[0] * window[1]].isfinite().all():
-            wrong.append(f"cpb_bias {dtype} {window} {shift}: not finite")
+            wrong.append(f"cpb_bias {dtype} {window} {shift} {span}: not finite")
     return wrong
 
 

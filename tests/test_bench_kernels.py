@@ -155,6 +155,19 @@ def test_every_composition_can_be_asked_for(form, per_block):
     assert usual < 7 + 12 * 7  # the tables know better than to take all apart
 
 
+def test_the_other_family_has_cases_of_its_own():
+    """A gather without a norm, and a norm without a residual; what defines them knows both."""
+    found = cases_of(model_named("small V2"), 1, "float32", "sm_90", choose_forms(FORMS["apart"]))
+    own = [case for case in found if case.operation == "merge_norm" or case.arguments.get("residual", 0) is None]
+    assert [case.operation for case in own] == ["merge_norm", "norm_residual"]
+    for case in own:
+        inputs = inputs_of(case, CPU)
+        oracle, got = Oracle(case, inputs), output_of(case, inputs)
+        oracle.check(got)
+        with pytest.raises(Wrong):
+            oracle.check(got * 1.01)
+
+
 def test_inputs_are_random_and_the_same_again():
     case = small("attention_block", form="fused", shift_size=[2, 2])
     inputs, again, other = inputs_of(case, CPU), inputs_of(case, CPU), inputs_of(case, CPU, seed=1)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import OPTIONS, images_for, make, relative_rms, small_model_args
+from helpers import OPTIONS, OPTIONS_OF_V2, images_for, make, relative_rms, small_model_args
 from swinfast.kernels.configs import config
 
 import swinfast
@@ -164,11 +164,23 @@ def test_engines_by_their_keys():
 
 
 @pytest.mark.parametrize(
-    "option", ["square", "not square", "shift on one axis", "window for each stage", "extra norms"]
+    "option",
+    [
+        "square",
+        "not square",
+        "shift on one axis",
+        "window for each stage",
+        "extra norms",
+        "not square, V2",
+        "no qkv bias, V2",
+        "windows of another size in training, V2",
+    ],
 )
 def test_sdpa_form_is_the_model(timm, option):
-    plain = make(timm, OPTIONS[option], "timm")
-    images = images_for(OPTIONS[option], 3).double()
+    source, options = ("timm, V2", OPTIONS_OF_V2) if "V2" in option else ("timm", OPTIONS)
+    options = options[option.removesuffix(", V2")]
+    plain = make(timm, options, source)
+    images = images_for(options, 3).double()
     assert relative_rms(sdpa_form(plain, torch.float64)(images), plain.double()(images)) < 1e-6  # rounded coordinates
 
 
