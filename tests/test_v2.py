@@ -447,6 +447,9 @@ def test_other_models_keep_their_patch_embedding(timm):
     fast = swinfast.optimize(both)
     assert type(fast.vit.patch_embed) is type(vit.patch_embed)
     assert {row.name for row in swinfast.report(fast).rows if row.kind == "patch embedding"} == {"swin.patch_embed"}
+    stages = make(timm, OPTIONS, "timm").stages  # of the CR family, whose patch embedding is of a class of its own
+    fast = swinfast.optimize(nn.ModuleDict({"stages": stages, "vit": vit}))
+    assert type(fast.vit.patch_embed) is type(vit.patch_embed)
 
 
 @pytest.mark.parametrize("option, value", [("flatten", True), ("output_fmt", "NCHW"), ("dynamic_img_pad", True)])
