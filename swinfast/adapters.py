@@ -224,7 +224,7 @@ def _check_v2_block(block: nn.Module, prefix: str) -> Iterator[str]:
     if getattr(attn, "k_bias", None) is not attn._buffers.get("k_bias"):
         yield f"{prefix}k_bias is no buffer"
     if attn.q_bias is not None and attn._buffers.get("k_bias", 0) is None:
-        yield f"{prefix}has q_bias and no k_bias"
+        yield f"{prefix[:-1]} has q_bias and no k_bias"
     if attn.qkv.bias is not None:
         yield f"{prefix}qkv has a bias of its own"
 
